@@ -1,0 +1,209 @@
+"""A job stopped anywhere and resumed ends like an undisturbed one; a changed configuration is refused by name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.resume import StopAfter, assert_resume_is_exact, resumed, undisturbed
+from tests.toy import toy
+from tribunal.cluster import preemption
+from tribunal.cluster.job import Shard
+from tribunal.cluster.launch import CONTINUE, FINISHED, run
+from tribunal.core.errors import ConfigError, StorageError
+from tribunal.core.receipts import read_receipt, verify
+
+
+@pytest.fixture(autouse=True)
+def _root(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIBUNAL_ROOT", str(tmp_path))
+    yield
+    preemption.uninstall()
+
+
+def test_stopped_at_every_unit_and_resumed_the_digest_is_the_undisturbed_one(tmp_path, monkeypatch):
+    assert_resume_is_exact(lambda _: toy(), tmp_path, monkeypatch, points=9)
+
+
+def test_the_resume_test_fails_when_a_unit_is_lost_on_purpose(tmp_path, monkeypatch):
+    def lose_a_record(job):
+        for path in (job.state / "journal").glob("*.jsonl"):
+            path.write_bytes(path.read_bytes().replace(b'"value":0', b'"value":0 '))
+
+    monkeypatch.setenv("TRIBUNAL_ROOT", str(tmp_path / "a"))
+    expected, _ = undisturbed(toy)
+    monkeypatch.setenv("TRIBUNAL_ROOT", str(tmp_path / "b"))
+    receipt = resumed(toy, 3, after_stop=lose_a_record)
+    assert receipt["totals"]["units"] == expected["totals"]["units"] + 1  # the unit was done twice, and the receipt shows it
+
+
+def test_the_receipt_names_every_file_and_notices_a_change(tmp_path):
+    receipt, _ = undisturbed(toy)
+    folder = tmp_path / "results" / "toys" / "toy"
+    assert verify(folder, receipt) == []
+    (folder / "numbers.json").write_text("[]")
+    assert "numbers.json has 2 bytes" in verify(folder, receipt)[0]
+
+
+def test_shards_publish_once_by_whoever_ends_last_with_the_digest_of_one(tmp_path, monkeypatch):
+    expected, _ = undisturbed(toy)
+    monkeypatch.setenv("TRIBUNAL_ROOT", str(tmp_path / "sharded"))
+    for index in (2, 0, 1):
+        assert not toy().results.exists()
+        assert run(toy(Shard(index, 3)), quiet=True) == FINISHED
+    receipt = read_receipt(toy().results)
+    assert receipt["digest"] == expected["digest"]
+    assert receipt["totals"]["units"] == 8
+    assert not toy().state.exists()
+
+
+def test_another_number_of_shards_takes_over_what_is_done(tmp_path, monkeypatch):
+    expected, _ = undisturbed(toy)
+    monkeypatch.setenv("TRIBUNAL_ROOT", str(tmp_path / "resharded"))
+    assert run(toy(Shard(0, 4)), quiet=True) == FINISHED
+    assert run(toy(Shard(1, 4)), stop=StopAfter(1), quiet=True) == CONTINUE
+    for index in (0, 1):
+        assert run(toy(Shard(index, 2)), quiet=True) == FINISHED
+    receipt = read_receipt(toy().results)
+    assert receipt["digest"] == expected["digest"]
+    assert receipt["totals"]["units"] == 8
+
+
+def test_a_finished_job_is_left_alone_and_a_changed_field_is_named(tmp_path):
+    assert run(toy(), quiet=True) == FINISHED
+    before = read_receipt(toy().results)
+    assert run(toy(), quiet=True) == FINISHED
+    assert read_receipt(toy().results) == before
+    with pytest.raises(ConfigError, match=r"made with another configuration \(toy.factor: 3 -> 4\)"):
+        run(toy(factor=4), quiet=True)
+
+
+def test_a_resume_under_another_configuration_is_refused_by_field():
+    assert run(toy(), stop=StopAfter(2), quiet=True) == CONTINUE
+    with pytest.raises(ConfigError, match=r"was started with another configuration \(toy.factor: 3 -> 4; toy.units: 8 -> 9\)"):
+        run(toy(factor=4, units=9), quiet=True)
+
+
+def test_a_kill_between_publishing_and_clean_up_does_no_harm(tmp_path):
+    assert run(toy(), stop=StopAfter(3), quiet=True) == CONTINUE
+    state = toy().state
+    shutil.copytree(state, tmp_path / "copy")
+    assert run(toy(), quiet=True) == FINISHED
+    shutil.copytree(tmp_path / "copy", state)
+    assert run(toy(), quiet=True) == FINISHED
+    assert not state.exists()
+
+
+def test_a_kill_while_publishing_is_mended_by_the_next_start(tmp_path):
+    job = toy()
+    real, job.publish = job.publish, lambda out: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(job, quiet=True)
+    assert not job.results.exists() and any(job.results.parent.glob(".toy.staging-*"))
+    assert real is not None
+    assert run(toy(), quiet=True) == FINISHED
+    assert [p.name for p in job.results.parent.iterdir()] == ["toy"]
+
+
+AS_NOBODY = """
+import os, sys
+from tests.toy import toy
+from tribunal.cluster.launch import guarded, run
+if os.geteuid() == 0:
+    os.setuid(65534)
+sys.exit(guarded(lambda: run(toy(), quiet=True)))
+"""
+
+
+def test_read_only_results_are_refused_before_any_work():
+    """As an unprivileged user: root may write anywhere."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        root.chmod(0o755)
+        for name, mode in (("results", 0o555), ("checkpoints", 0o777)):
+            (root / name).mkdir()
+            (root / name).chmod(mode)
+        env = {**os.environ, "TRIBUNAL_ROOT": str(root), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+        command = [sys.executable, "-c", AS_NOBODY]
+        refused = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert refused.returncode == 2, refused.stderr
+        assert f"error: cannot create {root}/results/toys: Permission denied" in refused.stderr
+        (root / "results").chmod(0o777)
+        again = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert again.returncode == 0, again.stderr
+
+
+SLOW = """
+import os, signal, sys, time
+from tests.toy import Toy, toy
+from tribunal.cluster.launch import run, guarded
+real = Toy._square
+def slow(self, i):
+    if i == 3:
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+        time.sleep(0.01)
+    return real(self, i)
+Toy._square = slow
+sys.exit(guarded(lambda: run(toy())))
+"""
+
+
+@pytest.mark.parametrize(("name", "cause"), [("SIGUSR1", "time limit"), ("SIGTERM", "terminated"), ("SIGINT", "interrupted")])
+def test_a_signal_saves_and_exits_75_and_the_same_command_goes_on(tmp_path, name, cause):
+    env = {**os.environ, "TRIBUNAL_ROOT": str(tmp_path), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    first = subprocess.run([sys.executable, "-c", SLOW, name], capture_output=True, text=True, env=env)
+    assert first.returncode == 75, first.stderr
+    assert f"stopped ({cause}), 4 of 8 numbers saved; run the same command again" in first.stdout
+    assert run(toy(), quiet=True) == FINISHED
+    rows = read_receipt(toy().results)["generations"]
+    assert [row["cause"] for row in rows] == [cause, "finished"]
+    assert [row["units"] for row in rows] == [4, 4]
+
+
+def test_a_signal_sent_before_anything_heavy_is_imported_is_noted(tmp_path):
+    code = (
+        "import sys; sys.argv = ['-m']; import jobs, os, signal; os.kill(os.getpid(), signal.SIGUSR1); "
+        "from tribunal.cluster.preemption import StopSignal; assert 'torch' not in sys.modules; print(StopSignal().cause)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
+    assert result.stdout == "time limit\n", result.stderr
+
+
+def test_an_earlier_handler_is_called_as_well():
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: seen.append("theirs"))
+    try:
+        preemption.install()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert seen == ["theirs"]
+        assert preemption.StopSignal().cause == "time limit"
+    finally:
+        preemption.uninstall()
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_deadline_stops_without_any_signal():
+    assert preemption.StopSignal(deadline_s=0).cause == "deadline"
+
+
+def test_a_storage_error_while_running_keeps_what_was_done(tmp_path, monkeypatch):
+    job = toy()
+    real = job._square
+
+    def fail_at_4(i):
+        if i == 4:
+            raise StorageError(tmp_path / "x", OSError(28, "No space left on device"))
+        return real(i)
+
+    monkeypatch.setattr(job, "_square", fail_at_4)
+    with pytest.raises(StorageError):
+        run(job, quiet=True)
+    assert run(toy(), quiet=True) == FINISHED
+    assert read_receipt(toy().results)["generations"][0]["cause"] == "failed"

@@ -1,0 +1,106 @@
+"""The ``tribunal`` command.
+
+tribunal demo
+tribunal run calibrate experiments/gsm8k-r1-distill-llama-8b.yaml dataset.path=gsm8k/test.jsonl
+tribunal collect --pack directions.zip
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tribunal import __version__
+from tribunal.cluster import launch, preemption
+from tribunal.cluster.job import root
+from tribunal.cluster.pipelines import jobs_of, run_pipeline
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="A reasoning model's chain of thought on trial: jobs that survive their time limit.",
+)
+
+ExperimentFile = Annotated[Path, typer.Argument(help="the experiment file", metavar="EXPERIMENT.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="changes on top of the file", metavar="[section.key=value]...")]
+Limit = Annotated[int | None, typer.Option(help="smoke run: the first N problems, under the name <name>-limitN")]
+
+
+def main() -> None:
+    app()
+
+
+@app.command()
+def demo(overrides: Overrides = None, limit: Limit = None) -> None:
+    """Calibrate the built-in reasoner: traces, labels, activations, probes, in a few minutes on a laptop."""
+    path = Path(__file__).resolve().parents[1] / "experiments" / "demo.yaml"
+    _run("calibrate", path, overrides, limit)
+
+
+@app.command()
+def run(
+    what: Annotated[str, typer.Argument(help="a pipeline (calibrate) or one job", metavar="PIPELINE|JOB")],
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    limit: Limit = None,
+    shard: Annotated[str | None, typer.Option(help="one job only: work on shard I of N", metavar="I/N")] = None,
+) -> None:
+    """Run a pipeline or a job in the foreground; run the same command again to resume."""
+    _run(what, experiment, overrides, limit, shard)
+
+
+@app.command()
+def collect(
+    paths: Annotated[list[Path] | None, typer.Argument(help="folders or direction JSONs; default: results/")] = None,
+    csv: Annotated[Path | None, typer.Option(help="write the table as CSV")] = None,
+    json: Annotated[Path | None, typer.Option(help="write the table as JSON")] = None,
+    pack: Annotated[Path | None, typer.Option(help="put all JSONs and figures into one zip")] = None,
+) -> None:
+    """Find, validate and tabulate probe-direction JSONs."""
+
+    def body() -> int:
+        from tribunal.probes import collect as collector
+
+        collection = collector.collect(paths or [root() / "results"], csv=csv, json=json, pack=pack)
+        print(collection.text)
+        return 1 if collection.refused else 0
+
+    _guarded(body)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(__version__)
+
+
+def _run(what: str, path: Path, overrides: list[str] | None, limit: int | None, shard: str | None = None) -> None:
+    def body() -> int:
+        preemption.install()
+        names = jobs_of(what)
+        experiment = launch.open_experiment(path, overrides or [], limit)
+        if shard is not None:
+            if len(names) > 1:
+                raise launch.ConfigError(f"--shard {shard}: '{what}' is a pipeline; shards are for one job")
+            return launch.run_job(what, experiment, launch.parse_shard(shard))
+        code = run_pipeline(names, experiment)
+        if code == 0 and "train_probes" in names:
+            from tribunal.probes.collect import conclude
+
+            print(conclude(root() / "results" / experiment.name))
+        return code
+
+    _guarded(body)
+
+
+def _guarded(body: Callable[[], int]) -> None:
+    sys.exit(launch.guarded(body))
+
+
+if __name__ == "__main__":
+    main()

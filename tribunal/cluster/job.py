@@ -1,0 +1,168 @@
+"""Job: one named stage of an experiment, from its section of the experiment file to its folder under results/.
+
+A subclass (one per module of ``jobs/``) says what it needs, builds the ``Work`` and publishes its artefacts. It holds no
+loop, no signal and no science. How it is run, stopped and resumed is ``tribunal.cluster.launch``'s part.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar, cast
+
+from tribunal.cluster.checkpoint import CheckpointStore
+from tribunal.core import receipts
+from tribunal.core.config import Experiment, Section, SlurmJob
+from tribunal.core.storage import Journal, make_folder, sha256_json
+from tribunal.core.work import Json, Work
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which part of a job's plan this process works on: item ``i`` belongs to shard ``i % count``."""
+
+    index: int = 0
+    count: int = 1
+
+    def mine(self, plan: Sequence[ItemT]) -> list[ItemT]:
+        return list(plan[self.index :: self.count])
+
+    def __str__(self) -> str:
+        return f"{self.index}-of-{self.count}"
+
+
+def root() -> Path:
+    """Where checkpoints/ and results/ lie: ``TRIBUNAL_ROOT``, by default the current folder."""
+    return Path(os.environ.get("TRIBUNAL_ROOT") or Path.cwd())
+
+
+class Metrics:
+    """One row of numbers per step, exactly once however often the step was replayed; published as ``metrics.jsonl``."""
+
+    def __init__(self, journal: Journal) -> None:
+        self.journal = journal
+
+    def row(self, *, step: int, **numbers: float) -> None:
+        self.journal.append({f"{step:09d}": {"step": step, **numbers}})
+
+    def rows(self, up_to: int | None = None) -> list[Json]:
+        """Rows in order of their steps, those after ``up_to`` left out."""
+        rows = [self.journal[key] for key in sorted(self.journal)]
+        return [row for row in rows if up_to is None or row["step"] <= up_to]
+
+
+class Job(Generic[ConfigT]):
+    """Base class of the jobs.
+
+    Class attributes:
+        name: the module's name; names the section, the results folder and the sbatch script.
+        needs: jobs whose results it reads.
+        uses: blocks of the experiment that its result depends on, besides its own section and its inputs.
+        resources: what it asks of SLURM when the experiment says nothing.
+        shards: whether its plan may be split over array tasks.
+    """
+
+    name: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+    uses: ClassVar[tuple[str, ...]] = ("model", "dataset", "seed")
+    resources: ClassVar[SlurmJob] = SlurmJob(time="4:00:00", nodes=1, gpus=1, cpus=8, mem_gb=64)
+    shards: ClassVar[bool] = False
+
+    def __init__(self, experiment: Experiment, shard: Shard | None = None) -> None:
+        self.experiment = experiment
+        self.config = cast(ConfigT, experiment.sections[self.name])
+        self.shard = shard or Shard()
+        self.epoch = 0
+        self.receipt_notes: Json = {}
+        self._journals: dict[str, Journal] = {}
+
+    # What a subclass says -------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Refuse bad input before any work.
+
+        Raises:
+            UserError: one line that names file, field, value and cure.
+        """
+
+    def build(self) -> Work:
+        """The resumable computation; heavy imports and loading happen here."""
+        raise NotImplementedError
+
+    def publish(self, out: Path) -> None:
+        """Write the finished artefacts into the empty folder ``out``, from durable state only.
+
+        May be called again after a kill, so it must not consume what it reads (link or copy, never move).
+        """
+        raise NotImplementedError
+
+    # What a subclass is given -----------------------------------------------------------------------------------------
+
+    @property
+    def results(self) -> Path:
+        """This job's folder of finished artefacts; exists only when the job has finished."""
+        return root() / "results" / self.experiment.name / self.name
+
+    @property
+    def state(self) -> Path:
+        """This job's folder of unfinished state."""
+        return root() / "checkpoints" / self.experiment.name / self.name
+
+    @property
+    def journal(self) -> Journal:
+        """Finished units: written by this shard, read from all shards and generations."""
+        return self._journal("journal")
+
+    @property
+    def metrics(self) -> Metrics:
+        return Metrics(self._journal("metrics"))
+
+    @property
+    def parts(self) -> Path:
+        """Folder for the big files of finished units; a journal record names them with their sha256."""
+        return make_folder(self.state / "parts")
+
+    def checkpoints(self, name: str, keep: int = 2) -> CheckpointStore:
+        """Durable state of an unfinished unit, by name; one writer each (include the shard where that matters)."""
+        return CheckpointStore(self.state / "states" / name, owner=self.owner, epoch=self.epoch, keep=keep)
+
+    def results_of(self, job: str) -> Path:
+        """The folder of a finished job that this one needs, checked against its receipt."""
+        assert job in self.needs, f"{self.name} does not list {job} in needs"
+        folder = root() / "results" / self.experiment.name / job
+        receipts.require(folder, self.name)
+        return folder
+
+    # What the runner asks ---------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> Json:
+        """Everything that can change this job's result, as plain JSON: a resume under another one is refused."""
+        values: dict[str, Any] = {self.name: self.config.fingerprint()}
+        for block in self.uses:
+            value = getattr(self.experiment, block)
+            values[block] = value.fingerprint() if isinstance(value, Section) else value
+        values["inputs"] = {job: self._input_digest(job) for job in self.needs}
+        return values
+
+    @property
+    def owner(self) -> str:
+        return f"{self.experiment.name}/{self.name}/{sha256_json(self.fingerprint())[:16]}"
+
+    def close(self) -> None:
+        for journal in self._journals.values():
+            journal.close()
+        self._journals.clear()
+
+    def _input_digest(self, job: str) -> str | None:
+        receipt = receipts.read_receipt(root() / "results" / self.experiment.name / job)
+        return receipt["digest"] if receipt else None
+
+    def _journal(self, name: str) -> Journal:
+        if name not in self._journals:
+            self._journals[name] = Journal(self.state / name, writer=f"{self.shard}.{self.epoch}")
+        return self._journals[name]

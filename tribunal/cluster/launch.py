@@ -1,0 +1,171 @@
+"""Run one job in the foreground: start or resume it, stop and save on a signal, publish when all its units are there.
+
+    python -m jobs.<job> EXPERIMENT.yaml [section.key=value ...] [--shard I/N] [--limit N]
+
+Exit codes: 0 finished (the receipt is written), 75 saved and to be continued, 2 something the user can mend, 1 a fault.
+Nothing here, and nothing that a job's module imports at its top, needs torch: a finished job is recognised at once
+and signals are noted before any heavy import.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tribunal.cluster import preemption
+from tribunal.cluster.job import Job, Shard
+from tribunal.cluster.lease import Lease, LeaseHeld
+from tribunal.cluster.ledger import Ledger
+from tribunal.cluster.preemption import StopSignal
+from tribunal.cluster.progress import ProgressDisplay
+from tribunal.cluster.publishing import already_finished, claim_state, publish
+from tribunal.core import registry
+from tribunal.core.config import Experiment, load_experiment
+from tribunal.core.errors import ConfigError, UserError
+from tribunal.core.storage import make_folder, read_json, write_json
+
+FINISHED, CONTINUE = 0, 75
+
+
+def main(job: str, argv: Sequence[str] | None = None) -> None:
+    """Entry point of ``python -m jobs.<job>``."""
+    preemption.install()
+    parser = argparse.ArgumentParser(prog=f"python -m jobs.{job}")
+    parser.add_argument("experiment", type=Path, help="the experiment file, e.g. experiments/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes on top of the file")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="work on shard I of N (0-based)")
+    parser.add_argument("--limit", type=int, metavar="N", help="smoke run: the first N problems, under a name of its own")
+    args = parser.parse_intermixed_args(argv)
+    sys.exit(guarded(lambda: run_job(job, open_experiment(args.experiment, args.overrides, args.limit), parse_shard(args.shard))))
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """Call ``run() -> exit code``; print a ``UserError`` as one line (any other exception keeps its traceback and exits 1)."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    try:
+        return run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: interrupted before the save had ended; run the same command again to go on from the last save", file=sys.stderr)
+        return 130
+
+
+def open_experiment(path: Path, overrides: Sequence[str], limit: int | None = None) -> Experiment:
+    """Load an experiment; ``limit`` makes a smoke run of its first problems under the name ``<name>-limit<N>``."""
+    if limit is None:
+        return load_experiment(path, overrides)
+    if limit < 1:
+        raise ConfigError(f"--limit {limit}: expected at least 1")
+    name = load_experiment(path, overrides).name
+    smoke = [f"name={name}-limit{limit}", f"dataset.limit={limit}", "label_traces.min_per_class=1", "train_probes.min_per_class=1"]
+    smoke += ["generate_traces.target_correct=null", "generate_traces.target_incorrect=null"]
+    return load_experiment(path, [*overrides, *smoke])
+
+
+def parse_shard(text: str) -> Shard:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise ConfigError(f"--shard {text}: expected I/N with 0 <= I < N, e.g. 0/4")
+    return Shard(int(index), int(count))
+
+
+def make_job(name: str, experiment: Experiment, shard: Shard | None = None) -> Job[Any]:
+    """The job of a module of ``jobs/``: its one subclass of ``Job``."""
+    module = registry.load("jobs", name, "job")
+    classes = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
+    kinds = [kind for kind in classes if issubclass(kind, Job)]
+    assert len(kinds) == 1, f"jobs/{name}.py must define exactly one Job, found {[kind.__name__ for kind in kinds]}"
+    return kinds[0](experiment, shard)
+
+
+def run_job(name: str, experiment: Experiment, shard: Shard | None = None, *, quiet: bool = False) -> int:
+    """Start or resume one job of an experiment (one shard of it); see ``run``."""
+    return run(make_job(name, experiment, shard), quiet=quiet)
+
+
+def run(job: Job[Any], *, stop: StopSignal | None = None, quiet: bool = False) -> int:
+    """Start or resume a job and bring it as far as it may go.
+
+    Args:
+        stop: by default the process's signals and SLURM's end time.
+        quiet: print nothing.
+    Returns:
+        0 when this shard's units are all durable (and, where it was the last shard, the results are published);
+        75 when it was stopped and everything so far is durable.
+    Raises:
+        UserError: bad input, a changed configuration, missing inputs, a held lease, or storage that fails.
+    """
+    preemption.install()
+    if job.shard.count > 1 and not job.shards:
+        raise ConfigError(f"--shard {job.shard.index}/{job.shard.count}: {job.name} is not split into shards; run it without --shard")
+    slurm = job.experiment.slurm
+    stop = stop or StopSignal(deadline_s=preemption.deadline_from_environment(slurm.signal_lead_s), save_every_s=slurm.save_every_s)
+    if already_finished(job):
+        _say(f"{job.name}: finished before ({job.results})", quiet)
+        return FINISHED
+    for needed in job.needs:
+        job.results_of(needed)
+    job.check()
+    claim_state(job)
+    ledger = Ledger(job.state / "generations.jsonl")
+    resumed = bool(ledger.generations())
+    display = ProgressDisplay(job.name, quiet=quiet)
+    what = f"{job.experiment.name}/{job.name}" + (f" shard {job.shard}" if job.shard.count > 1 else "")
+    with Lease(job.state / "leases" / str(job.shard), what, facts=display.facts) as lease:
+        job.epoch = lease.epoch
+        _say(f"{job.name}: {'resuming' if resumed else 'starting'}", quiet)
+        if not _marker(job, job.shard.index).exists() and not _generation(job, ledger, stop, display, quiet):
+            return CONTINUE
+        waiting = sum(not _marker(job, index).exists() for index in range(job.shard.count))
+        if waiting:
+            _say(f"{job.name}: shard {job.shard} is complete; {waiting} of {job.shard.count} shards are still to come", quiet)
+            return FINISHED
+        try:
+            publish(job, ledger, [read_json(_marker(job, index))["notes"] for index in range(job.shard.count)])
+        except LeaseHeld:
+            _say(f"{job.name}: shard {job.shard} is complete; another process is publishing the results", quiet)
+            return FINISHED
+    _say(f"{job.name}: finished ({job.results})", quiet)
+    return FINISHED
+
+
+def _generation(job: Job[Any], ledger: Ledger, stop: StopSignal, display: ProgressDisplay, quiet: bool) -> bool:
+    """Run this shard's work until it is complete (True, its marker written) or stopped with everything durable (False)."""
+    ledger.start(str(job.shard), job.epoch)
+    began = time.monotonic()
+    cause, units = "failed", 0
+    try:
+        work = job.build()
+        before = work.progress().done
+        with display.watching(work):
+            finished = work.run(stop)
+        now = work.progress()
+        units = now.done - before
+        cause = "finished" if finished else (stop.cause or "stopped")
+        if finished:
+            make_folder(job.state / "finished")
+            write_json(_marker(job, job.shard.index), {"notes": job.receipt_notes})
+    finally:
+        job.close()
+        ledger.end(str(job.shard), job.epoch, cause=cause, seconds=time.monotonic() - began, units=units)
+    if not finished:
+        done = f"{now.done} of {now.total} {now.unit}s" if now.total is not None else f"{now.done} {now.unit}s"
+        _say(f"{job.name}: stopped ({cause}), {done} saved; run the same command again to go on", quiet)
+    return finished
+
+
+def _marker(job: Job[Any], index: int) -> Path:
+    """Says that every unit of a shard is durable."""
+    return job.state / "finished" / f"{Shard(index, job.shard.count)}.json"
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        print(text, flush=True)

@@ -1,0 +1,50 @@
+"""Named lists of jobs, in the order in which they read each other's results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tribunal.cluster.job import Job
+from tribunal.cluster.launch import make_job, run
+from tribunal.cluster.publishing import already_finished
+from tribunal.core import registry
+from tribunal.core.config import Experiment
+from tribunal.core.errors import ConfigError
+
+PIPELINES: dict[str, tuple[str, ...]] = {
+    "calibrate": ("generate_traces", "label_traces", "extract_activations", "train_probes"),
+}
+
+
+def jobs_of(name: str) -> tuple[str, ...]:
+    """The jobs of a pipeline, or the one job of that name.
+
+    Raises:
+        ConfigError: neither a pipeline nor a job; names the nearest.
+    """
+    if name in PIPELINES:
+        return PIPELINES[name]
+    jobs = registry.names("jobs")
+    if name not in jobs:
+        raise ConfigError(f"unknown pipeline or job '{name}'; {registry.nearest(name, [*PIPELINES, *jobs])}")
+    return (name,)
+
+
+def run_pipeline(names: Sequence[str], experiment: Experiment) -> int:
+    """Run jobs one after the other in this process; returns the first exit code that is not 0.
+
+    Every job's input is checked before the first one starts.
+    """
+    for name in names:
+        job = make_job(name, experiment)
+        if not _finished(job):
+            job.check()
+    for name in names:
+        if code := run(make_job(name, experiment)):
+            return code
+    return 0
+
+
+def _finished(job: Job) -> bool:
+    """``already_finished``, where what the job reads is there to be compared."""
+    return None not in job.fingerprint()["inputs"].values() and already_finished(job)

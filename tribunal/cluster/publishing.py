@@ -1,0 +1,166 @@
+"""Where a job's state and its results meet: refuse a changed configuration, publish whole, write the receipt."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tribunal import __version__
+from tribunal.cluster.job import Job
+from tribunal.cluster.lease import Lease
+from tribunal.cluster.ledger import Ledger
+from tribunal.core import receipts
+from tribunal.core.errors import ConfigError
+from tribunal.core.storage import fsync_file, fsync_folder, make_folder, read_json, storage_errors, write_json
+from tribunal.core.work import Json
+
+STARTED = "started.json"
+
+
+def publish(job: Job[Any], ledger: Ledger, notes: Sequence[Json]) -> None:
+    """Write the artefacts beside their place, hash them, and move the folder into place in one rename.
+
+    Args:
+        notes: every shard's ``receipt_notes``; numbers of the same name are added up.
+    Raises:
+        LeaseHeld: another process is publishing.
+    """
+    with Lease(job.state / "leases" / "publish", f"publishing {job.experiment.name}/{job.name}") as lease:
+        if already_finished(job):
+            return
+        staging = make_folder(job.results.parent) / f".{job.name}.staging-{lease.epoch}"
+        for left in job.results.parent.glob(f".{job.name}.staging-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        with storage_errors(staging):
+            staging.mkdir()
+            job.publish(staging)
+            job.close()
+            outputs = receipts.hash_outputs(staging)
+            write_json(staging / receipts.RECEIPT, _receipt(job, outputs, ledger, notes))
+            for path in staging.rglob("*"):
+                if path.is_file():
+                    fsync_file(path)
+                else:
+                    fsync_folder(path)
+            fsync_folder(staging)
+            staging.rename(job.results)
+            fsync_folder(job.results.parent)
+    clear_state(job)
+
+
+def already_finished(job: Job[Any]) -> bool:
+    """Whether the job's results stand, for this very configuration.
+
+    Raises:
+        ConfigError: they stand for another configuration or for other inputs; names each difference.
+    """
+    receipt = receipts.read_receipt(job.results)
+    if receipt is None:
+        return False
+    differences = compare(receipt["config"], job.fingerprint())
+    if not differences:
+        clear_state(job)  # a kill between the rename and the clean-up leaves it behind
+        return True
+    if all(line.startswith("inputs.") for line in differences):
+        changed = ", ".join(line.partition(":")[0].removeprefix("inputs.") for line in differences)
+        raise ConfigError(f"{job.results} is stale: the results of {changed} changed since; remove that folder to make it anew")
+    raise ConfigError(
+        f"{job.results} was made with another configuration ({'; '.join(differences)}). "
+        "Give the experiment another name to start a second run, or remove that folder to start over."
+    )
+
+
+def claim_state(job: Job[Any]) -> None:
+    """Make the job's state folder and note its configuration, or refuse one started with another."""
+    make_folder(job.state)
+    for folder in (job.state, make_folder(job.results.parent)):
+        probe_write(folder)
+    path = job.state / STARTED
+    mine = job.fingerprint()
+    if not path.exists():
+        write_json(path, mine)
+        return
+    differences = compare(read_json(path), mine)
+    if differences:
+        raise ConfigError(
+            f"{job.state} was started with another configuration ({'; '.join(differences)}). "
+            "Give the experiment another name to start a second run, or remove that folder to start over."
+        )
+
+
+def compare(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Every field that differs, as 'field: old -> new'."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [line for key in sorted({*old, *new}) for line in compare(old.get(key), new.get(key), f"{prefix}{key}.")]
+    return [] if old == new else [f"{prefix.removesuffix('.')}: {old!r} -> {new!r}"]
+
+
+def probe_write(folder: Path) -> None:
+    """Fail now, with the path and the cause, where results could not be written later."""
+    probe = folder / f".probe-{os.getpid()}"
+    with storage_errors(folder, "write in"):
+        probe.write_bytes(b"x" * 4096)
+        fsync_file(probe)
+        probe.unlink()
+
+
+def hardware() -> str:
+    """The class of hardware that equal bytes are promised on: processor or GPU model, and the number of threads."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return f"cuda: {torch.cuda.get_device_name()}, torch {torch.__version__}"
+    model = platform.processor() or platform.machine()
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    threads = f", torch {torch.__version__}, {torch.get_num_threads()} threads" if torch is not None else ""
+    return f"cpu: {model}{threads}"
+
+
+def _receipt(job: Job[Any], outputs: dict[str, Any], ledger: Ledger, notes: Sequence[Json]) -> dict[str, Any]:
+    merged: Json = {}
+    for key, value in (item for note in notes for item in note.items()):
+        merged[key] = merged[key] + value if key in merged and isinstance(value, (int, float)) else value
+    generations = ledger.generations()
+    return {
+        "schema_version": 1,
+        "experiment": job.experiment.name,
+        "job": job.name,
+        "config": job.fingerprint(),
+        "code": {"version": __version__, "commit": _commit()},
+        "outputs": outputs,
+        "digest": receipts.digest(outputs),
+        "hardware": hardware(),
+        "notes": merged,
+        "generations": generations,
+        "totals": {
+            "generations": len(generations),
+            "seconds": round(sum(row["seconds"] or 0 for row in generations), 3),
+            "units": sum(row["units"] or 0 for row in generations),
+        },
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs; None outside a git checkout."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists() or shutil.which("git") is None:
+        return None
+    result = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
+
+
+def clear_state(job: Job[Any]) -> None:
+    """Remove the state of a published job, and the experiment's folder when it is the last."""
+    shutil.rmtree(job.state, ignore_errors=True)
+    with suppress(OSError):
+        job.state.parent.rmdir()

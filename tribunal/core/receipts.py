@@ -1,0 +1,70 @@
+"""The receipt of a finished job: what went in, what came out with which hashes, and the digest of the data.
+
+The digest covers the data files only (figures, pages, hosts, times and generations are left out), so two runs of the
+same plan on the same class of hardware have the same digest however often they were interrupted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tribunal.core.errors import CorruptError, UserError
+from tribunal.core.storage import read_json, sha256_file, sha256_json
+
+RECEIPT = "receipt.json"
+NOT_DATA = {".png", ".svg", ".html", ".pdf"}
+HASH_AT_START_BYTES = 64 * 2**20
+
+
+def hash_outputs(folder: Path) -> dict[str, dict[str, Any]]:
+    """{relative name: {sha256, bytes}} of every file of a results folder except the receipt itself."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECEIPT)
+    return {path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in paths}
+
+
+def digest(outputs: dict[str, dict[str, Any]]) -> str:
+    """sha256 over the data files' names and hashes."""
+    return sha256_json({name: facts["sha256"] for name, facts in outputs.items() if Path(name).suffix not in NOT_DATA})
+
+
+def read_receipt(folder: Path) -> dict[str, Any] | None:
+    """The receipt of a finished job's folder; None when the job has not finished."""
+    path = folder / RECEIPT
+    if not path.exists():
+        return None
+    receipt = read_json(path)
+    if not isinstance(receipt, dict) or receipt.get("schema_version") != 1:
+        raise CorruptError(f"{path}: schema_version {receipt.get('schema_version') if isinstance(receipt, dict) else None}, expected 1")
+    return receipt
+
+
+def require(folder: Path, wanted_by: str) -> dict[str, Any]:
+    """The receipt of a finished job whose files are all there with the right sizes (and hashes, for files up to 64 MiB).
+
+    Raises:
+        UserError: the job has not finished.
+        CorruptError: a file is missing or differs; names it.
+    """
+    receipt = read_receipt(folder)
+    if receipt is None:
+        experiment, job = folder.parent.name, folder.name
+        raise UserError(f"{wanted_by} reads the results of {job}, which has not finished for experiment '{experiment}'; run {job} first")
+    faults = verify(folder, receipt, hash_up_to=HASH_AT_START_BYTES)
+    if faults:
+        raise CorruptError(f"{faults[0]}; remove the folder {folder} and run {folder.name} again")
+    return receipt
+
+
+def verify(folder: Path, receipt: dict[str, Any], *, hash_up_to: float = float("inf")) -> list[str]:
+    """Every difference between a results folder and its receipt, one sentence each."""
+    faults = []
+    for name, facts in receipt["outputs"].items():
+        path = folder / name
+        if not path.is_file():
+            faults.append(f"{path} is missing")
+        elif path.stat().st_size != facts["bytes"]:
+            faults.append(f"{path} has {path.stat().st_size} bytes, the receipt says {facts['bytes']}")
+        elif facts["bytes"] <= hash_up_to and sha256_file(path) != facts["sha256"]:
+            faults.append(f"{path} does not match the hash in its receipt")
+    return faults
