@@ -64,7 +64,7 @@ def open_experiment(path: Path, overrides: Sequence[str], limit: int | None = No
     if limit < 1:
         raise ConfigError(f"--limit {limit}: expected at least 1")
     name = load_experiment(path, overrides).name
-    smoke = [f"name={name}-limit{limit}", f"dataset.limit={limit}", "label_traces.min_per_class=1", "train_probes.min_per_class=1"]
+    smoke = [f"name={name}-limit{limit}", f"dataset.limit={limit}", "label_traces.min_per_class=1", "train_probes.min_per_class=2"]
     smoke += ["generate_traces.target_correct=null", "generate_traces.target_incorrect=null"]
     return load_experiment(path, [*overrides, *smoke])
 

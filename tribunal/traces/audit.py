@@ -31,7 +31,7 @@ def facts(trace: Trace, label: TraceLabel) -> Facts:
 
 
 def audit(rows: Sequence[Facts], graders: Json | None = None) -> Json:
-    """The content of ``audit.json``; its first field holds the warnings.
+    """The content of ``audit.json``.
 
     Args:
         rows: one per trace.
