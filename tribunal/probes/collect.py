@@ -20,6 +20,7 @@ import numpy as np
 
 from tribunal.core import plots, receipts, reports
 from tribunal.core.errors import CorruptError, DataError, UserError
+from tribunal.core.records import Report, ReportRow
 from tribunal.core.stats import WITHIN_PROBLEM_PAIRS
 from tribunal.core.storage import make_folder, read_json, sha256_file, write_atomic, write_file, write_json
 from tribunal.probes.direction import FILE_NAME, Direction, Directions, is_direction_file, load
@@ -128,21 +129,28 @@ def conclude(results: Path) -> str:
         _line(headline.name, headline.value, headline.low, headline.high),
     ]
     lines += [_line(f"  {control.name}", control.value, control.low, control.high) for control in shown]
+    before = _deepest_prompt_end(report)
     for row in report.rows:
         if row.name == headline.name and row.stratum is not None:
             lines.append(_line(f"within {row.stratum}", row.value, row.low, row.high))
             lines += [_line(f"  {c.name}", c.value, c.low, c.high) for c in row.controls if c.name in ("length", "bag_of_words", "logprob")]
+            lines += [_line(f"  {p.name}", p.value, p.low, p.high) for p in before if p.stratum == row.stratum]
     lines += ["", f"{'right above wrong, within a problem':<42}{'share':>7}   95 % interval"]
     for row in report.rows:
-        if row.metric == WITHIN_PROBLEM_PAIRS and (row.name == headline.name or "prompt_end" in row.name):
+        if row.metric == WITHIN_PROBLEM_PAIRS and row.name == headline.name:
             lines.append(_line(row.name, row.value, row.low, row.high))
-            if row.name == headline.name:
-                lines += [_line(f"  {c.name}", c.value, c.low, c.high) for c in row.controls if c.name in ("logprob", "permuted_labels")]
+            lines += [_line(f"  {c.name}", c.value, c.low, c.high) for c in row.controls if c.name in ("logprob", "permuted_labels")]
     lines += ["", report.verdict, "", "Not shown by this:"]
     lines += [f"- {sentence}" for sentence in report.not_supported]
     lines += ["", "Files:"]
     lines += [f"- {path}" for path in (folder / FILE_NAME, *(folder / name for name in report.figures), folder / reports.REPORT)]
     return "\n".join(lines)
+
+
+def _deepest_prompt_end(report: Report) -> list[ReportRow]:
+    """AUROC within each stratum of the probe on the prompt's last token: what is known before anything is generated."""
+    rows = [r for r in report.rows if r.metric == "auroc" and r.name.endswith(", prompt_end") and r.stratum is not None]
+    return [row for row in rows if row.name == rows[-1].name]
 
 
 def _line(name: str, value: float, low: float, high: float) -> str:
