@@ -24,7 +24,7 @@ def names(package: str) -> list[str]:
     Every module is one, except those that start with '_' and those that the package lists in ``NOT_EXTENSIONS``.
     """
     folder = importlib.import_module(package)
-    shared = getattr(folder, "NOT_EXTENSIONS", frozenset())
+    shared: frozenset[str] = getattr(folder, "NOT_EXTENSIONS", frozenset())
     return sorted(m.name for m in pkgutil.iter_modules(folder.__path__) if not m.name.startswith("_") and m.name not in shared)
 
 
