@@ -1,7 +1,7 @@
 """What a running job asks SLURM's controller for: its own state and end time, a requeue, a fresh submission.
 
-Every client runs in a session of its own with the stop signals ignored: SLURM sends those to the whole process group, and
-a requeue that dies of the SIGTERM it answers is how continuations get lost.
+Every client runs with the stop signals blocked from before it exists: SLURM sends those to every process of the step, and
+a requeue that dies of the signal it answers is how continuations get lost.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 CALL_TIMEOUT_S = 30.0
-_DEAF = 'trap "" HUP INT TERM USR1 USR2; exec "$@"'
+_DEAF_TO = {signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
 class SlurmError(Exception):
@@ -27,27 +27,29 @@ class SlurmError(Exception):
         self.missing = missing
 
 
-def call(
-    command: Sequence[str], *, text: str | None = None, env: Mapping[str, str] | None = None, timeout_s: float = CALL_TIMEOUT_S
-) -> str:
+def call(command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout_s: float = CALL_TIMEOUT_S) -> str:
     """Run a SLURM client and return its output.
 
     Raises:
         SlurmError: with the last line of what it said.
     """
     require(command[0])
-    shell = ["/bin/sh", "-c", _DEAF, "sh", *command]
-    options: dict[str, Any] = {"input": text} if text is not None else {"stdin": subprocess.DEVNULL}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _DEAF_TO)
+    try:  # the mask is inherited; ours is lifted at once, and what came meanwhile is then noted
+        pipe = subprocess.PIPE
+        client = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True, env=env, start_new_session=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
-        result = subprocess.run(
-            shell, capture_output=True, text=True, env=env, timeout=timeout_s, start_new_session=True, check=False, **options
-        )
+        output, errors = client.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
+        client.kill()
+        client.communicate()
         raise SlurmError(f"{command[0]} gave no answer in {timeout_s:.0f} s") from None
-    if result.returncode != 0:
-        said = (result.stderr.strip() or result.stdout.strip() or "nothing said").splitlines()[-1]
-        raise SlurmError(f"{command[0]}: {said} (exit code {result.returncode})")
-    return result.stdout
+    if client.returncode != 0:
+        said = (errors.strip() or output.strip() or "nothing said").splitlines()[-1]
+        raise SlurmError(f"{command[0]}: {said} (exit code {client.returncode})")
+    return output
 
 
 def require(program: str) -> None:

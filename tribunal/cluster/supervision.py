@@ -254,8 +254,11 @@ class _Supervisor:
     def _learn_end(self) -> None:
         """When the controller will end this job; the child derives its own deadline from it."""
         given = os.environ.get("SLURM_JOB_END_TIME")
-        facts = None if given and self.end is None else self._ask()
-        self.end = float(given) if given and self.end is None else (facts.end if facts is not None else self.end)
+        if given and self.end is None:
+            self.end = float(given)
+        elif (facts := self._ask()) is not None:
+            # one that is being ended already has its last seconds for saving, and no deadline any more
+            self.end = facts.end if facts.state == "RUNNING" else None
         if self.end is not None:
             os.environ["SLURM_JOB_END_TIME"] = str(self.end)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from tribunal.cluster.job import Job
 from tribunal.cluster.launch import main
-from tribunal.core.config import NO_EFFECT_ON_RESULTS, Section, SlurmJob
+from tribunal.core.config import Section, SlurmJob
 from tribunal.core.storage import sha256_file, write_atomic, write_json
 from tribunal.core.work import OverItems, Stop
 
