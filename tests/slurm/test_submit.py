@@ -138,15 +138,15 @@ def test_a_real_time_limit_over_three_generations_and_more_through_submitit(clus
 
 
 @pytest.mark.parametrize(
-    ("slurm", "said"),
+    ("asked", "said"),
     [
         ({"partition": "nonesuch"}, "no partition 'nonesuch' here; known: "),
         ({"gpus": 99, "jobs": {"count": {"gpus": 99}}}, "sbatch would refuse it"),
         ({"extra": ["--nodelist=n77"]}, "sbatch would refuse it"),
     ],
 )
-def test_what_the_site_does_not_have_is_refused_before_anything_is_queued(cluster: Cluster, slurm: dict[str, Any], said: str) -> None:
-    result = cluster.tribunal("submit", cluster.write(slurm), "count", check=2)
+def test_what_the_site_does_not_have_is_refused_before_anything_is_queued(cluster: Cluster, asked: dict[str, Any], said: str) -> None:
+    result = cluster.tribunal("submit", cluster.write(asked), "count", check=2)
     assert said in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
     assert cluster.queue() == []
 
