@@ -27,6 +27,7 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(help="jobs or pipelines (default: calibrate), and section.key=value", metavar="[JOB]... [section.key=value]..."),
 ]
+Overrides = Annotated[list[str] | None, typer.Argument(help="changes on top of the file", metavar="[section.key=value]...")]
 ExperimentFile = Annotated[Path, typer.Argument(help="the experiment file", metavar="EXPERIMENT.yaml")]
 Cluster = Annotated[str | None, typer.Option(help="slurm or local; default: slurm where sbatch is on PATH", metavar="slurm|local")]
 Name = Annotated[str, typer.Argument(help="an experiment's name or file", metavar="EXPERIMENT")]
@@ -35,7 +36,7 @@ Limit = Annotated[int | None, typer.Option(help="smoke run: the first N problems
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
-    for command in (submit, status, logs, cancel, resume, verify):
+    for command in (submit, status, logs, cancel, resume, verify, prefetch, doctor):
         app.command()(command)
 
 
@@ -162,6 +163,46 @@ def verify(name: Name) -> None:
         good, faults = control.verify(view.name_of(name))
         print("\n".join([*good, *(f"FAULT {fault}" for fault in faults)]))
         return 1 if faults else 0
+
+    run(body)
+
+
+def prefetch(experiment: ExperimentFile, overrides: Overrides = None) -> None:
+    """Fetch the model and the dataset on a node with network, and read them once with hub access off, as jobs do."""
+
+    def body() -> int:
+        from tribunal.cluster import prefetch as fetching
+
+        loaded = launch.open_experiment(experiment, overrides or [])
+        for line in fetching.prefetch(loaded):
+            print(line, flush=True)
+        print(fetching.check_offline(experiment, overrides or []))
+        return 0
+
+    run(body)
+
+
+def doctor(
+    experiment: Annotated[
+        Path | None, typer.Argument(help="also check its model, dataset and partition", metavar="[EXPERIMENT.yaml]")
+    ] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="measure the cluster too, with two short CPU jobs (about 3 minutes)")] = False,
+) -> None:
+    """Measure what jobs will meet here: disk, clients, requeue, the real lead of the signal; exit code 1 where something is wrong."""
+
+    def body() -> int:
+        from tribunal.cluster import doctor as preflight
+
+        loaded = launch.open_experiment(experiment, []) if experiment else None
+        findings = list(preflight.here())
+        print(preflight.table(findings), flush=True)
+        if submit:
+            if choose(None) == "local":
+                raise ConfigError("doctor --submit: sbatch is not on PATH here; load the site's SLURM module")
+            measured, profile = preflight.on_the_cluster(loaded, lambda line: print(line, file=sys.stderr, flush=True))
+            print(preflight.table(measured), f"written for submit: {preflight.save_profile(profile)}", sep="\n")
+            findings += measured
+        return 1 if any(finding.good is False for finding in findings) else 0
 
     run(body)
 

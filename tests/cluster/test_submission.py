@@ -82,8 +82,9 @@ def test_a_dry_run_prints_graph_and_scripts_and_leaves_nothing_behind(project):
     text = project.tribunal("submit", experiment, "count", "double", "--dry-run", "--cluster", "local").stdout
     first, second = text.split("# ---- ")[1:]
     options = (
-        "partition=gpu account=lab qos=long constraint=a100 gres=gpu:a100:2 time=240 cpus-per-task=8 mem=64GB exclude=n7 array=0-7%4 comment=x "
-        "mail-user=me@example.org mail-type=END,FAIL signal=USR1@300 open-mode=append requeue job-name=numbers.count ntasks-per-node=2 nodes=1"
+        "partition=gpu account=lab qos=long constraint=a100 gres=gpu:a100:2 time=240 cpus-per-task=8 mem=64GB exclude=n7 comment=x "
+        "array=0-7%4 mail-user=me@example.org mail-type=END,FAIL signal=USR1@300 open-mode=append requeue "
+        "job-name=numbers.count ntasks-per-node=2 nodes=1"
     )
     for option in options.split(" "):
         assert f"#SBATCH --{option}\n" in first, option
@@ -181,3 +182,13 @@ def test_edits_made_while_a_job_waits_change_nothing(project):
     gate.touch()
     until(lambda: project.finished("double"), what="the second job")
     assert "[\n  0,\n  6,\n  12\n]" in (project.root / "results/numbers/double/numbers.json").read_text()
+
+
+def test_prefetch_of_what_is_local_needs_no_network_and_what_is_not_there_is_one_line(project):
+    assert "0 problems" in project.tribunal("prefetch", project.experiment(model={"name": "builtin:addition"})).stdout
+    folder = project.root / "model"
+    folder.mkdir()
+    assert "a local folder" in project.tribunal("prefetch", project.experiment(model={"name": str(folder)})).stdout
+    away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(project.root / "hf")}
+    result = project.tribunal("prefetch", project.experiment(model={"name": "no/where"}), check=2, environment=away)
+    assert "model no/where cannot be fetched" in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr

@@ -80,13 +80,21 @@ def _add_slurm(found: Tasks, experiment: str, seen: queue.Snapshot, records: Seq
         shards = found.setdefault(job, {})
         if indices is not None:
             offset = _offset(entry.script, job, records)
-            shards.update({index + offset: task._replace(id=f"{entry.array}_{index}") for index in indices})
+            for index in indices:
+                _put(shards, index + offset, task._replace(id=f"{entry.array}_{index}"))
         elif match := re.fullmatch(r"continue-(\d+)-of-(\d+)\.sbatch", Path(entry.script).name):
-            shards[int(match[1]) if int(match[2]) > 1 else None] = task
+            _put(shards, int(match[1]) if int(match[2]) > 1 else None, task)
         elif entry.id in by_id and by_id[entry.id][1] is not None:
-            shards[by_id[entry.id][1]] = task
+            _put(shards, by_id[entry.id][1], task)
         else:
-            shards[None] = task
+            _put(shards, None, task)
+
+
+def _put(shards: dict[int | None, Task], shard: int | None, task: Task) -> None:
+    """Of several tasks for one shard (a chain queued in advance), the one that runs, else the first."""
+    known = shards.get(shard)
+    if known is None or (known.state == "PENDING" and task.state != "PENDING"):
+        shards[shard] = task
 
 
 def explain(entry: queue.Entry, names: dict[str, str], prefix: str) -> str:

@@ -134,8 +134,8 @@ def reason(text: str) -> str:
     return re.sub(r"^(sbatch: )?(error: )?", "", (telling or lines or ["no reason given"])[-1])
 
 
-def find_script(name: str, script: Path, *, attempts: int = 3) -> str | None:
-    """The id of a queued job of this name and script: whether a submission that seemed to fail was accepted.
+def find_script(name: str, script: Path, *, known: Sequence[str] = (), attempts: int = 3) -> str | None:
+    """The id of a queued job of this name and script that is not ``known``: whether a submission that seemed to fail was accepted.
 
     Raises:
         SlurmError: the controller does not say, so a second submission could be a second copy.
@@ -148,8 +148,8 @@ def find_script(name: str, script: Path, *, attempts: int = 3) -> str | None:
                 raise
             time.sleep(2.0)
             continue
-        found = [line.partition("|")[0] for line in lines if line.partition("|")[2].split(" ")[0] == str(script)]
-        return found[0] if found else None
+        found = {line.partition("|")[0] for line in lines if line.partition("|")[2].split(" ")[0] == str(script)} - {*known}
+        return max(found, key=int) if found else None
     return None
 
 

@@ -23,14 +23,16 @@ from tribunal.cluster.job import Job, root
 from tribunal.cluster.launch import job_kind, make_job
 from tribunal.cluster.ledger import Ledger
 from tribunal.cluster.pipelines import finished, jobs_of
+from tribunal.cluster.prefetch import OFFLINE
 from tribunal.cluster.publishing import STARTED, compare, probe_write
 from tribunal.cluster.resources import Resources, parse_limit, resolve
-from tribunal.cluster.site import site_environment, site_value
+from tribunal.cluster.site import profile, site_environment, site_value
 from tribunal.core.config import Experiment
 from tribunal.core.errors import ConfigError, UserError
 from tribunal.core.storage import make_folder, read_json, write_atomic, write_json
 
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+FOLLOWERS = 5
+"""Generations queued in advance where a job can neither requeue itself nor submit; one too many ends within a second."""
 
 
 @dataclass(frozen=True)
@@ -213,8 +215,12 @@ class Sbatch:
         command = start_command(self.planned, self.code, self.folder / "experiment.yaml", shard)
         return _executor(self)._make_submission_file_text(command, "")
 
-    def submit(self, dependency: Sequence[str]) -> str:
+    def submit(self, dependency: Sequence[str], known: Sequence[str] = ()) -> str:
         """Write and queue the script; returns the job's id.
+
+        Args:
+            dependency: ids to wait for.
+            known: ids of earlier submissions of this very script.
 
         Raises:
             UserError: sbatch refused, with its reason.
@@ -229,7 +235,7 @@ class Sbatch:
             job_id: str = executor._submit_command("").job_id
             return job_id
         except (FailedJobError, FailedSubmissionError) as error:
-            accepted = queue.find_script(self.name, self.script)  # an answer that got lost is no refusal
+            accepted = queue.find_script(self.name, self.script, known=known)  # an answer that got lost is no refusal
             if accepted is None:
                 raise UserError(f"sbatch refused {self.planned.job.name}: {queue.reason(str(error))}; script: {self.script}") from None
             return accepted
@@ -244,6 +250,8 @@ class Sbatch:
         for option in asked.extra:
             key, _, value = option.removeprefix("--").partition("=")
             more[key] = value or True
+        if profile().get("route", "requeue") != "requeue":
+            more["no-requeue"] = True  # it would be refused: a fresh sbatch, or the next of the chain, goes on
         if "no-requeue" in more:
             del more["requeue"]
         if self.array is not None:
@@ -364,13 +372,16 @@ def submit_slurm(plan: Plan) -> dict[str, list[str]]:
         waits = [*(i for parent in planned.parents for i in ids[parent]), *planned.after]
         begin_again(planned.job)
         for sbatch in calls[planned.job.name]:
+            chain: list[str] = []
             try:
-                job_id = sbatch.submit(waits)
+                chain.append(sbatch.submit(waits))
+                for _ in range(FOLLOWERS if profile().get("route") == "chain" else 0):
+                    chain.append(sbatch.submit(chain[-1:], known=chain))
             except UserError as error:
-                queued = [i for known in ids.values() for i in known]
+                queued = [*(i for known in ids.values() for i in known), *chain]
                 queue.cancel(queued)
                 raise UserError(f"{error}" + (f". Cancelled again: {', '.join(queued)}" if queued else "")) from None
-            ids.setdefault(planned.job.name, []).append(job_id)
+            ids.setdefault(planned.job.name, []).extend(chain)
             record["jobs"][planned.job.name] = _entry(planned, calls[planned.job.name][0], ids[planned.job.name], waits)
             write_json(folder / snapshot.RECORD, record)
     return ids
