@@ -124,7 +124,7 @@ class Bench:
     def undisturbed(self, job: str) -> dict[str, Any]:
         """The receipt of the same experiment in one go, without SLURM and without waiting."""
         root = self.folder / "undisturbed"
-        sections = {name: {**section, **QUICK} for name, section in self.sections.items()}
+        sections = {name: {key: QUICK.get(key, value) for key, value in given.items()} for name, given in self.sections.items()}
         data = {"name": "x", "model": {"name": "none"}, "dataset": {"name": "addition"}, **sections}
         root.mkdir(exist_ok=True)
         (root / "x.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(data, default=str))))
@@ -162,7 +162,15 @@ class Bench:
                     os.kill(row["pid"], signal.SIGKILL)
 
 
-QUICK: dict[str, Any] = {"seconds": 0, "wait_for": {}, "fail_in": None, "fail_in_build": False, "die_in": None, "slow_import": None}
+QUICK: dict[str, Any] = {
+    "seconds": 0,
+    "wait_for": {},
+    "fail_in": None,
+    "fail_in_build": False,
+    "die_in": None,
+    "slow_import": None,
+    "kilobytes": 0,
+}
 """What slows a payload or makes it fail, switched off for the undisturbed run."""
 
 

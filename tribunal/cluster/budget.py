@@ -67,7 +67,7 @@ def generations_without_progress(rows: Sequence[Row]) -> int:
     for row in reversed(rows):
         if row["cause"] in NOT_AT_FAULT and row["done"] is None:
             continue
-        if row["units"]:
+        if row["units"] or row["progressed"]:
             break
         idle += 1
     return idle

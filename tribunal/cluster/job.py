@@ -17,7 +17,7 @@ from tribunal.cluster.checkpoint import CheckpointStore
 from tribunal.cluster.fence import Fences
 from tribunal.core import receipts
 from tribunal.core.config import Experiment, Section, SlurmJob
-from tribunal.core.storage import Journal, make_folder, sha256_json
+from tribunal.core.storage import Journal, sha256_json, storage_errors
 from tribunal.core.work import Json, Work
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -129,7 +129,10 @@ class Job(Generic[ConfigT]):
     @property
     def parts(self) -> Path:
         """Folder for the big files of finished units; a journal record names them with their sha256."""
-        return make_folder(self.state / "parts")
+        folder = self.state / "parts"
+        with storage_errors(folder, "create"):  # not its parents: a late writer must not bring back a published job's state
+            folder.mkdir(exist_ok=True)
+        return folder
 
     def checkpoints(self, name: str, keep: int = 2) -> CheckpointStore:
         """Durable state of an unfinished unit, by name; one writer each (include the shard where that matters)."""
@@ -177,6 +180,11 @@ class Job(Generic[ConfigT]):
         except ValueError:
             return []  # killed within its one write
         return list(note["keys"]) if note["writer"] == f"{self.shard}.{epoch}" else []
+
+    def progressed_in(self, epoch: int) -> bool:
+        """Whether this shard's generation of that epoch made anything durable."""
+        journal = self.state / "journal" / f"{self.shard}.{epoch}.jsonl"
+        return (journal.exists() and journal.stat().st_size > 0) or any((self.state / "states").glob(f"*/{epoch:06d}-*"))
 
     @property
     def owner(self) -> str:

@@ -57,8 +57,7 @@ def main(job: str, argv: Sequence[str] | None = None) -> None:
             return run_job(job, experiment, shard)
         from tribunal.cluster.supervision import supervise  # it needs this module
 
-        limit = [] if args.limit is None else [f"--limit={args.limit}"]
-        command = [sys.executable, "-m", f"jobs.{job}", str(args.experiment.resolve()), *args.overrides, *limit]
+        command = [sys.executable, *sys.orig_argv[1:]]  # as it was started: -m in a checkout, or a snapshot's file
         made = make_job(job, experiment, shard)
         if shard is None and made.shards:
             made = make_job(job, experiment, shard_of_task(start))
@@ -212,11 +211,11 @@ def _generation(job: Job[Any], ledger: Ledger, stop: StopSignal, display: Progre
         now = work.progress()
         units = now.done - before.done
         cause = "finished" if finished else (stop.cause or "stopped")
-        if finished and lease.held():
+        if not lease.held():
+            finished, cause, units = False, "superseded", None  # what counts of them is what the one who took over has found
+        if finished:
             make_folder(job.state / "finished")
             write_json(_marker(job, job.shard.index), {"notes": job.receipt_notes})
-        else:
-            finished = False
     except BaseException as error:
         facts = {"error": describe(error), "mendable": isinstance(error, UserError), "in_flight": job.in_flight(job.epoch)}
         if isinstance(error, KeyboardInterrupt):
@@ -225,7 +224,7 @@ def _generation(job: Job[Any], ledger: Ledger, stop: StopSignal, display: Progre
     finally:
         job.close()
         # where the disk is full this line cannot be written either; the first error is the one to tell
-        with contextlib.suppress(StorageError) if facts else contextlib.nullcontext():
+        with contextlib.suppress(StorageError) if facts or not lease.held() else contextlib.nullcontext():
             ledger.end(str(job.shard), job.epoch, cause=cause, seconds=time.monotonic() - began, units=units, **facts)
     if not finished:
         done = f"{now.done} of {now.total} {now.unit}s" if now.total is not None else f"{now.done} {now.unit}s"

@@ -10,11 +10,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tribunal.core.storage import make_folder, storage_errors
+from tribunal.core.storage import storage_errors
 
 Row = dict[str, Any]
 _START = ("shard", "epoch", "host", "pid", "job", "restarts", "gpus")
-_LATER = ("cause", "seconds", "units", "error", "mendable", "in_flight", "done", "total", "unit", "asked", "next", "why", "continuation")
+_LATER = (
+    "cause",
+    "seconds",
+    "units",
+    "error",
+    "mendable",
+    "in_flight",
+    "progressed",
+    "done",
+    "total",
+    "unit",
+    "asked",
+    "next",
+    "why",
+    "continuation",
+)
 
 
 class Ledger:
@@ -22,7 +37,8 @@ class Ledger:
 
     Events of a generation: ``start``; ``work`` (loaded: units done so far, in all); ``asked`` (told to stop); ``end``;
     ``decided`` (whether, why and how it goes on). Lines are short and written with one O_APPEND write each. A torn line
-    is skipped by readers; a start without an end is a generation that was killed.
+    is skipped by readers; a start without an end is a generation that was killed. The folder is not made here: a late
+    writer must not bring back the state of a job that was published meanwhile.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,7 +85,6 @@ class Ledger:
         return [row for row in rows.values() if shard is None or row["shard"] == shard]
 
     def _append(self, event: Mapping[str, Any]) -> None:
-        make_folder(self.path.parent)
         line = json.dumps({**event, "time": round(time.time(), 3)}) + "\n"
         with storage_errors(self.path):
             handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -99,10 +114,12 @@ def gpus(env: Mapping[str, str] = os.environ) -> int:
 
 
 def _count_killed(rows: Sequence[Row]) -> None:
-    """A generation that was killed made durable what the next one of its shard found done beyond its own start."""
-    latest: dict[str, Row] = {}
-    for row in rows:
-        before = latest.get(row["shard"])
-        if before is not None and before["units"] is None and None not in (before["done"], row["done"]):
-            before["units"] = max(0, row["done"] - before["done"])
-        latest[row["shard"]] = row
+    """A generation that was killed made durable what the next one of its shard to get to work found beyond its own start."""
+    found: dict[str, int] = {}
+    for row in reversed(rows):
+        if row["units"] is None and row["done"] is None and row["shard"] in found:
+            row["units"] = 0  # it never got to work
+        elif row["units"] is None and row["shard"] in found:
+            row["units"] = max(0, found[row["shard"]] - row["done"])
+        if row["done"] is not None:
+            found[row["shard"]] = row["done"]

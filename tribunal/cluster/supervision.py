@@ -184,7 +184,7 @@ class _Supervisor:
         if row is None:  # it ended before it had the lease, or on another rank
             epoch = -len(self.ledger.generations(self.shard)) - 1
             self._note(lambda: self.ledger.start(self.shard, epoch))
-            row = {**dict.fromkeys(("error", "ended", "asked", "done", "unit", "mendable")), "in_flight": [], "units": 0}
+            row = {**dict.fromkeys(("error", "ended", "asked", "done", "unit", "mendable", "progressed")), "in_flight": [], "units": 0}
             row.update(epoch=epoch, started=time.time(), cause="failed" if code == 1 else "stopped")
         asked = (preemption.noted() or [row["asked"]])[0] if row["ended"] is None else row["cause"]
         cause, error = row["cause"], row["error"]
@@ -199,6 +199,7 @@ class _Supervisor:
             cause = self._asked_by((preemption.noted() or ["terminated"])[-1], facts)
         in_flight = row["in_flight"] or self.job.in_flight(row["epoch"])
         changed = {"cause": cause, "error": error, "in_flight": in_flight}
+        changed["progressed"] = self.job.progressed_in(row["epoch"])
         row = {**row, **changed}
         if row["ended"] is None:
             seconds = time.time() - row["started"]

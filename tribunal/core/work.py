@@ -124,7 +124,8 @@ class OverItems(Generic[Item]):
         self.unit = unit
         self.enough = enough or (lambda: False)
         self._plan = {key for item in items for key in keys(item)}
-        self._done = {key for key in self._plan if key in journal or key in journal.set_aside}
+        self._set_aside = {key for key in self._plan if key in journal.set_aside and key not in journal}
+        self._done = {key for key in self._plan if key in journal} | self._set_aside
 
     def run(self, stop: Stop) -> bool:
         for item in self.items:
@@ -153,7 +154,8 @@ class OverItems(Generic[Item]):
         return True
 
     def progress(self) -> Progress:
-        return Progress(len(self._done), len(self._plan), self.unit)
+        given_up = len(self._set_aside)
+        return Progress(len(self._done) - given_up, len(self._plan) - given_up, self.unit)
 
 
 def one_record(process: Callable[[Item], Json], key: Callable[[Item], str]) -> Callable[[Item, Stop], Iterator[Mapping[str, Json]]]:

@@ -28,6 +28,7 @@ class Config(Section):
     fail_in_build: bool = False
     die_in: str | None = None
     slow_import: Path | None = None
+    kilobytes: int = 0
 
     def fingerprint(self) -> dict[str, Any]:
         return {"units": self.units}
@@ -66,6 +67,8 @@ class Count(Job[Config]):
             if stop.is_set():
                 return
         time.sleep(config.seconds)
+        if config.kilobytes:
+            write_atomic(self.parts / f"{i}.filling", os.urandom(1024 * config.kilobytes))
         path = self.parts / f"{i}.txt"
         write_atomic(path, hashlib.sha256(f"{self.experiment.seed}/{i}".encode()).hexdigest())
         yield {str(i): {"value": 3 * i, "file": path.name, "sha256": sha256_file(path)}}
