@@ -88,6 +88,7 @@ def test_a_dry_run_prints_graph_and_scripts_and_leaves_nothing_behind(project):
     )
     for option in options.split(" "):
         assert f"#SBATCH --{option}\n" in first, option
+    assert '--shard "$(((SLURM_ARRAY_TASK_ID) * 2 + SLURM_PROCID))/16"' in first  # one shard per GPU
     assert "--dependency=afterany:<count>" in second
     assert "#SBATCH --partition=cpu\n" in second and "#SBATCH --time=30\n" in second
     assert "gres" not in second and "constraint" not in second  # double needs no GPU, so it asks for nothing that comes with one

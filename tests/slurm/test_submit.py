@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import stat
 import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,6 +83,38 @@ def cluster(slurm: str, tmp_path: Path) -> Iterator[Cluster]:
         subprocess.run(["scancel", line], env=made.environment, check=False, timeout=60)
 
 
+class Background:
+    """What takes minutes of waiting, started before the first test of this file and looked at by its last ones."""
+
+    def __init__(self, folder: Path, conf: str) -> None:
+        self.limited = Cluster(folder / "limited", conf)
+        file = self.limited.write({"time": "0:02:00", "signal_lead_s": 30}, count={"units": 480, "seconds": 0.5})
+        self.limited.tribunal("submit", file, "count")
+        site = Project(folder / "site", {"SLURM_CONF": conf})
+        self.profile = site.folder / ".tribunal-site.json"
+        command = [
+            sys.executable,
+            "-c",
+            "from tribunal.cli import main; main()",
+            "doctor",
+            site.experiment(model={"name": "builtin:addition"}),
+        ]
+        environment = {**site.environment, "TRIBUNAL_HOME": str(site.folder)}
+        self.doctor = subprocess.Popen(
+            [*command, "--submit"], cwd=site.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def background(slurm: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Background]:
+    made = Background(tmp_path_factory.mktemp("background"), slurm)
+    yield made
+    if made.doctor.poll() is None:
+        made.doctor.terminate()
+    for line in made.limited.queue("%i"):
+        subprocess.run(["scancel", line], env=made.limited.environment, check=False, timeout=60)
+
+
 def test_a_three_stage_chain_with_an_interruption_in_each_ends_like_an_undisturbed_one(cluster: Cluster) -> None:
     gate = cluster.root.parent / "gate"
     file = cluster.write(count={"units": 20, "wait_for": {"10": str(gate)}}, double={"seconds": 0.4})
@@ -123,18 +158,8 @@ def test_cancel_stays_cancelled_and_resume_submits_only_what_is_unfinished(clust
     until(lambda: cluster.state("count", 1)["state"] == "cancelled", what="status after cancel")
     assert cluster.state("count", 0)["state"] == "complete"
     gate.touch()
-    assert "1 of 2 tasks" in cluster.tribunal("resume", cluster.name).stdout
+    assert "1 of 2 x 1 task" in cluster.tribunal("resume", cluster.name).stdout
     cluster.whole("count", "double")
-
-
-def test_a_real_time_limit_over_three_generations_and_more_through_submitit(cluster: Cluster) -> None:
-    file = cluster.write({"time": "0:02:00", "signal_lead_s": 30}, count={"units": 480, "seconds": 0.5})
-    cluster.tribunal("submit", file, "count")
-    until(lambda: cluster.done("count"), seconds=600, what="the end over several time limits")
-    receipt = cluster.receipt("count", cluster.name)
-    assert len(receipt["generations"]) >= 3
-    assert {row["cause"] for row in receipt["generations"][:-1]} <= {"time limit", "deadline"}
-    cluster.whole("count")
 
 
 @pytest.mark.parametrize(
@@ -155,6 +180,16 @@ def test_more_tasks_than_an_array_may_have_are_split(cluster: Cluster) -> None:
     text = cluster.tribunal("submit", cluster.write({"array": 1500}), "count", "--dry-run").stdout
     assert "#SBATCH --array=0-1000%1001" in text.replace("--array=0-1000\n", "--array=0-1000%1001\n")
     assert "#SBATCH --array=0-498" in text and '--shard "$((SLURM_ARRAY_TASK_ID + 1001))/1500"' in text
+
+
+def test_one_task_per_gpu_each_works_on_a_shard_of_its_own(cluster: Cluster) -> None:
+    file = cluster.write({"array": 2, "jobs": {"count": {"gpus": 2}}}, count={"units": 24, "seconds": 0.2})
+    cluster.tribunal("submit", file, "count")
+    cluster.interrupt("count", shard=1, units=6)
+    cluster.whole("count")
+    generations = cluster.receipt("count", cluster.name)["generations"]
+    assert {row["shard"] for row in generations} == {f"{index}-of-4" for index in range(4)}
+    assert {row["gpus"] for row in generations} == {2}
 
 
 def shim(folder: Path, name: str, body: str) -> dict[str, str]:
@@ -208,3 +243,42 @@ def test_a_held_job_is_explained_with_the_command_that_releases_it(cluster: Clus
     assert row["state"] == "waiting" and row["why"] == f"held: scontrol release {row['id']}"
     cluster.call("scontrol", "release", row["id"])
     cluster.whole("count")
+
+
+def test_doctor_measures_the_site_and_writes_what_submit_uses(background: Background) -> None:
+    said, _ = background.doctor.communicate(timeout=300)
+    assert background.doctor.returncode == 0, said
+    for line in (
+        r"ok +exclusive creation +1 of 2 tasks won, on n\d and n\d",
+        r"ok +atomic rename +seen whole",
+        r"ok +scontrol inside a job +answers",
+        r"ok +sbatch inside a job +works",
+        r"ok +requeue +same job id again after \d+ s",
+        r"ok +log +appended over the requeue",
+        r"ok +model and dataset +readable offline",
+        r"ok +early signal +a task of srun hears SIGUSR1 \d+ s before SIGTERM",
+        r"batch shell +its child heard (?!.*USR1)",
+    ):
+        assert re.search(line, said), f"{line}\n{said}"
+    profile = json.loads(background.profile.read_text())
+    assert profile["route"] == "requeue" and profile["signal_lead_s"] >= 300 and profile["measured_lead_s"] > 30
+
+
+def test_a_real_time_limit_over_three_generations_and_more_through_submitit(background: Background) -> None:
+    cluster = background.limited
+    until(lambda: cluster.done("count"), seconds=600, what="the end over several time limits")
+    receipt = cluster.receipt("count", cluster.name)
+    assert len(receipt["generations"]) >= 3
+    assert {row["cause"] for row in receipt["generations"][:-1]} <= {"time limit", "deadline"}
+    cluster.whole("count")
+
+
+def test_a_site_without_requeue_or_clients_in_jobs_gets_a_chain_queued_in_advance(cluster: Cluster) -> None:
+    gate = cluster.root.parent / "gate"
+    (cluster.folder / ".tribunal-site.json").write_text(json.dumps({"route": "chain", "signal_lead_s": 15}))
+    file = cluster.write(count={"units": 8, "wait_for": {"4": str(gate)}})
+    cluster.tribunal("submit", file, "count", "double")
+    assert len(cluster.queue()) == 7, "six generations of count queued in advance, and double after the last"
+    cluster.interrupt("count", units=4)
+    gate.touch()
+    cluster.whole("count", "double")

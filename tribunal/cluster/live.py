@@ -78,10 +78,15 @@ def _add_slurm(found: Tasks, experiment: str, seen: queue.Snapshot, records: Seq
         task = Task(entry.own_id, entry.state, explain(entry, names, prefix))
         indices = entry.indices()
         shards = found.setdefault(job, {})
+        each = _shards_each(entry.script, job, records)
         if indices is not None:
             offset = _offset(entry.script, job, records)
             for index in indices:
-                _put(shards, index + offset, task._replace(id=f"{entry.array}_{index}"))
+                for rank in range(each):
+                    _put(shards, (index + offset) * each + rank, task._replace(id=f"{entry.array}_{index}"))
+        elif each > 1:
+            for rank in range(each):
+                _put(shards, rank, task)
         elif match := re.fullmatch(r"continue-(\d+)-of-(\d+)\.sbatch", Path(entry.script).name):
             _put(shards, int(match[1]) if int(match[2]) > 1 else None, task)
         elif entry.id in by_id and by_id[entry.id][1] is not None:
@@ -113,6 +118,12 @@ def _offset(script: str, job: str, records: Sequence[dict[str, Any]]) -> int:
         return 0
     size = next((record["largest_array"] for record in records if record["folder"] == str(Path(script).parent)), queue.DEFAULT_ARRAY)
     return (int(match[1]) - 1) * (size or queue.DEFAULT_ARRAY)
+
+
+def _shards_each(script: str, job: str, records: Sequence[dict[str, Any]]) -> int:
+    """Shards of one array element of a submitted script: one per task."""
+    mine = (record["jobs"].get(job, {}) for record in records if record["folder"] == str(Path(script).parent))
+    return next((int(entry.get("shards_each", 1)) for entry in mine), 1)
 
 
 def _ids_in_ledgers(experiment: str) -> dict[str, tuple[str, int | None]]:

@@ -98,5 +98,5 @@ class StopSignal:
 
 def deadline_from_environment(lead_s: float) -> float | None:
     """When a job has to stop by itself: SLURM's end time less the lead (at most half of what is left); None outside SLURM."""
-    end = os.environ.get("SLURM_JOB_END_TIME")
+    end = os.environ.get("SLURM_JOB_END_TIME") or os.environ.get("TRIBUNAL_END_TIME")  # the latter by the local runner
     return float(end) - min(lead_s, (float(end) - time.time()) / 2) if end else None

@@ -48,7 +48,8 @@ class Resources:
     exclude: str | None
     mail: str | None
     tasks_per_node: int
-    shards: int
+    array: int
+    split: bool
     throttle: int | None
     extra: tuple[str, ...]
     lead_s: int
@@ -56,6 +57,16 @@ class Resources:
     @property
     def tasks(self) -> int:
         return self.nodes * self.tasks_per_node
+
+    @property
+    def shards(self) -> int:
+        """Parts of the plan: one per task of each array element, where the job can be split."""
+        return self.array * self.tasks if self.split else 1
+
+    @property
+    def shards_each(self) -> int:
+        """Shards of one array element."""
+        return self.tasks if self.split else 1
 
     @property
     def minutes(self) -> int:
@@ -108,7 +119,8 @@ def resolve(job: Job[Any]) -> Resources:
         exclude=value("exclude"),
         mail=value("mail"),
         tasks_per_node=gpus if gpus > 1 and many and not one_process else 1,
-        shards=(value("array") or 1) if job.shards else 1,
+        array=(value("array") or 1) if job.shards else 1,
+        split=job.shards,
         throttle=value("array_throttle"),
         extra=extra,
         lead_s=lead_s,

@@ -40,7 +40,7 @@ class Planned:
     """One job to submit.
 
     Attributes:
-        indices: the shards to run, of ``resources.shards``.
+        indices: the array elements to run, of ``resources.array``.
         parents: jobs of this plan that it waits for.
         after: ids, submitted earlier, that it waits for as well.
     """
@@ -53,7 +53,7 @@ class Planned:
 
     @property
     def array(self) -> bool:
-        return self.resources.shards > 1
+        return self.resources.array > 1
 
 
 @dataclass
@@ -87,7 +87,8 @@ def make_plan(experiment: Experiment, names: Sequence[str], queued: Mapping[str,
             continue
         resources = resolve(job)
         live = queued.get(name, {})
-        indices = tuple(index for index in unfinished(job, resources.shards) if index not in live and None not in live)
+        left = {shard // resources.shards_each for shard in unfinished(job, resources.shards) if shard not in live and None not in live}
+        indices = tuple(sorted(left))
         if not indices:
             why = f"queued already as {', '.join(sorted(set(live.values())))}" if live else "its shards are complete"
             plan.skipped.append((name, why))
@@ -167,10 +168,9 @@ def index_list(indices: Sequence[int]) -> str:
     return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
 
 
-def start_command(planned: Planned, code: Path, experiment_file: Path, shard: str | None) -> str:
-    """The shell command that runs one generation of a job (of one of its shards)."""
-    words = [sys.executable, "-u", str(code / snapshot.RUN_JOB), planned.job.name, str(experiment_file)]
-    return shlex.join(words) + (f' --shard "{shard}"' if shard is not None else "")
+def start_command(planned: Planned, code: Path, experiment_file: Path) -> list[str]:
+    """The command that runs one generation of a job."""
+    return [sys.executable, "-u", str(code / snapshot.RUN_JOB), planned.job.name, str(experiment_file)]
 
 
 def environment(code: Path, record: Path) -> dict[str, str]:
@@ -210,10 +210,18 @@ class Sbatch:
 
     def text(self) -> str:
         """The script."""
-        index = "$SLURM_ARRAY_TASK_ID" if not self.offset else f"$((SLURM_ARRAY_TASK_ID + {self.offset}))"
-        shard = f"{index}/{self.planned.resources.shards}" if self.array is not None else None
-        command = start_command(self.planned, self.code, self.folder / "experiment.yaml", shard)
-        return _executor(self)._make_submission_file_text(command, "")
+        command = start_command(self.planned, self.code, self.folder / "experiment.yaml")
+        text: str = _executor(self)._make_submission_file_text(shlex.join(command), "")
+        return text
+
+    def shard(self) -> str:
+        """Shell arithmetic, done by each task of the step, that says which shard it works on; empty where the job is not split."""
+        asked = self.planned.resources
+        if asked.shards == 1:
+            return ""
+        element = "SLURM_ARRAY_TASK_ID" + (f" + {self.offset}" if self.offset else "") if self.array is not None else "0"
+        index = element if asked.shards_each == 1 else f"({element}) * {asked.shards_each} + SLURM_PROCID"
+        return f' --shard "$(({index}))/{asked.shards}"'
 
     def submit(self, dependency: Sequence[str], known: Sequence[str] = ()) -> str:
         """Write and queue the script; returns the job's id.
@@ -258,6 +266,7 @@ class Sbatch:
             throttle = f"%{asked.throttle}" if asked.throttle else ""
             more["array"] = index_list(self.array) + throttle
         gres = asked.gres or "gpu"
+        start = f'trap "" USR1; exec "$@"{self.shard()}'
         asks = {
             "job_name": self.name,
             "time": asked.minutes,
@@ -278,7 +287,7 @@ class Sbatch:
             "stderr_to_stdout": True,
             "wckey": None,
             # USR1 is ignored until Python's handlers stand: its default action would end an interpreter that is starting
-            "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={asked.cpus}", "bash", "-c", 'trap "" USR1; exec "$@"', "tribunal"],
+            "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={asked.cpus}", "bash", "-c", start, "tribunal"],
             "setup": self._setup(),
             "additional_parameters": more,
         }
@@ -341,7 +350,8 @@ def graph(plan: Plan, ids: Mapping[str, Sequence[str]]) -> list[str]:
     rows = []
     for planned in plan.jobs:
         asked = planned.resources
-        tasks = f"{len(planned.indices)} of {asked.shards} tasks" if planned.array else f"{asked.tasks} task" + "s" * (asked.tasks > 1)
+        each = f"{asked.tasks} task" + "s" * (asked.tasks > 1)
+        tasks = f"{len(planned.indices)} of {asked.array} x {each}" if planned.array else each
         gpus = f"{asked.gpus * asked.nodes} GPU" if asked.gpus else "no GPU"
         waits = ", ".join([*planned.parents, *planned.after])
         rows.append(
@@ -400,12 +410,13 @@ def submit_local(plan: Plan) -> dict[str, list[str]]:
         make_folder(sbatch.logs)
         record["jobs"][planned.job.name] = {
             **_entry(planned, sbatch, [name], []),
-            "command": shlex.split(start_command(planned, code, folder / "experiment.yaml", None)),
+            "command": start_command(planned, code, folder / "experiment.yaml"),
             "parents": list(planned.parents),
-            "local_indices": list(planned.indices),
+            "local_indices": [index * asked.shards_each + rank for index in planned.indices for rank in range(asked.shards_each)],
             "throttle": asked.throttle,
             "cpus": asked.cpus,
             "lead_s": asked.lead_s,
+            "gpus": asked.gpus // asked.tasks_per_node,
         }
     write_json(folder / snapshot.RECORD, record)
     local.start(folder, code)
@@ -452,6 +463,7 @@ def _entry(planned: Planned, sbatch: Sbatch, ids: Sequence[str], waits: Sequence
     return {
         "ids": list(ids),
         "shards": asked.shards,
+        "shards_each": asked.shards_each,
         "indices": index_list(planned.indices) if planned.array else None,
         "gpus": asked.gpus * asked.nodes,
         "limit_s": asked.limit_s,
