@@ -54,3 +54,24 @@ def test_a_child_whose_parent_was_given_up_ends_and_says_why(bench: Bench) -> No
     bench.gone()
     assert "error: second reads the results of first, which has ended without any (failed: the same exception" in bench.logs()
     assert "ExitCode=2:0" in bench.facts(child)
+
+
+def test_all_stages_in_one_allocation_over_several_generations(bench: Bench) -> None:
+    for stage in STAGES:
+        bench.sections[stage] = {"units": 20, "seconds": 0.02, "wait_for": {"10": bench.folder / f"gate-{stage}"}}
+    script = bench.script("first")
+    script.write_text(script.read_text().replace("jobs.first", "tribunal.cluster first,second,third"))
+    job = bench.call("sbatch", "--parsable", script, bench.experiment()).strip()
+    for restarts, stage in enumerate(STAGES, 1):
+        bench.running(stage, 10)
+        bench.signal(job)
+        bench.until(lambda stage=stage: len(bench.rows(stage)) == 2, f"a second generation of {stage}")
+        assert f"Restarts={restarts} " in bench.facts(job)
+        (bench.folder / f"gate-{stage}").touch()
+        bench.finished(stage)
+    bench.gone()
+    for stage in STAGES:
+        expected = bench.undisturbed(stage)
+    assert bench.finished("third")["digest"] == expected["digest"]
+    assert [row["units"] for row in bench.finished("second")["generations"]] == [10, 10]
+    assert "ExitCode=0:0" in bench.facts(job)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +72,20 @@ def test_the_work_dies_with_its_supervisor_and_a_new_submission_goes_on(bench: B
     (bench.folder / "gate").touch()
     bench.submit("count")
     bench.whole("count", units=40, generations=2)
+
+
+def test_an_orphan_whose_parent_died_stops_by_itself(bench: Bench) -> None:
+    bench.sections["count"] = {"units": 40, "seconds": 0.02, "wait_for": {"20": bench.folder / "gate"}}
+    script = bench.folder / "wrapped.sbatch"
+    work = f"{sys.executable} -m jobs.count {bench.experiment()}; true"  # a shell that stays as the parent
+    script.write_text(f"#!/bin/bash\n#SBATCH --job-name={bench.name} --output=%j.log --time=5\nsrun bash -c {shlex.quote(work)}\n")
+    bench.call("sbatch", script)
+    bench.running("count", 20)
+    worker = bench.rows("count")[0]["pid"]
+    supervisor = parent_of(worker)
+    os.kill(parent_of(supervisor), signal.SIGKILL)
+    bench.until(lambda: not lives(worker) and not lives(supervisor), "both have stopped", 5)
+    bench.gone()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
-"""Run a pipeline stage after stage inside one SLURM job, over as many generations as it takes.
+"""Run pipelines or jobs, stage after stage, inside one SLURM job, over as many generations as it takes.
 
     python -m tribunal.cluster calibrate experiments/X.yaml [section.key=value ...]
+    python -m tribunal.cluster label_traces,train_probes experiments/X.yaml
 
 Finished stages are recognised at once; the stage that a generation was stopped in goes on where it was.
 """
@@ -8,6 +9,7 @@ Finished stages are recognised at once; the stage that a generation was stopped 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from tribunal.cluster import preemption
 
@@ -24,7 +26,8 @@ def main() -> int:
         print(__doc__, file=sys.stderr)
         return 2
     what, path, *overrides = sys.argv[1:]
-    names, experiment = jobs_of(what), launch.open_experiment(launch.Path(path), overrides)
+    names = [name for part in what.split(",") for name in jobs_of(part)]
+    experiment = launch.open_experiment(Path(path), overrides)
     if this_start() is None:
         return run_pipeline(names, experiment)
     command = [sys.executable, "-m", "tribunal.cluster", what, str(experiment.path.resolve()), *overrides]

@@ -53,6 +53,10 @@ def main(job: str, argv: Sequence[str] | None = None) -> None:
         experiment = open_experiment(args.experiment, args.overrides, args.limit)
         shard = parse_shard(args.shard) if args.shard else None
         start = this_start()
+        if start is None and "TRIBUNAL_GENERATION" in os.environ:
+            from tribunal.cluster.local import run_generation
+
+            return run_generation(make_job(job, experiment, shard))
         if start is None:
             return run_job(job, experiment, shard)
         from tribunal.cluster.supervision import supervise  # it needs this module

@@ -78,7 +78,8 @@ class Ledger:
                 blank: Row = {**dict.fromkeys(_LATER), "cause": "killed", "in_flight": []}
                 rows[key] = {**{name: event.get(name) for name in _START}, "started": event["time"], "ended": None, **blank}
             elif key in rows:
-                rows[key].update({name: event[name] for name in _LATER if name in event})
+                settled = ("cause", "error") if rows[key]["next"] is not None and event["event"] != "decided" else ()
+                rows[key].update({name: event[name] for name in _LATER if name in event and name not in settled})
                 if event["event"] == "end":
                     rows[key]["ended"] = event["time"]
         _count_killed(list(rows.values()))

@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +57,14 @@ class Meeting:
         _set_rank(self.start, facts)
         return int(facts["epoch"])
 
-    def report(self, code: int) -> None:
-        """Say how this rank ended."""
+    def report(self, code: int, asked: Sequence[str]) -> None:
+        """Say how this rank ended, and what had been asked of it."""
         if self._ready():
-            write_json(self.folder / f"rank-{self.start.rank}.json", {"code": code})
+            write_json(self.folder / f"rank-{self.start.rank}.json", {"code": code, "asked": list(asked)})
+
+    def asked(self) -> list[str]:
+        """What the ranks that have reported were asked to do."""
+        return [cause for path in sorted(self.folder.glob("rank-*.json")) for cause in read_json(path)["asked"]]
 
     def wait_for_all(self, until: float) -> bool:
         """Wait until every rank has reported, or until that time (seconds since the epoch)."""

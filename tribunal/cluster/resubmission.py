@@ -144,7 +144,7 @@ class Continuation:
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")
         step = ["srun", "--kill-on-bad-exit=1", *([f"--cpus-per-task={cpus}"] if cpus else [])]
         step += ["bash", "-c", 'trap "" USR1; exec "$@"', "tribunal", *self.command, *shard]
-        return f"#!/bin/bash\n{header}\ncd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(step)}\n"
+        return f"#!/bin/bash\n{header}\ncd {shlex.quote(str(Path.cwd()))} || exit 1\nexec {shlex.join(step)}\n"
 
     def _try(self, ask: Callable[[], Outcome]) -> Outcome | None:
         """Ask until there is an answer: again after a failure that may pass, with growing pauses; None when it is final."""

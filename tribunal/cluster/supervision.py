@@ -74,6 +74,7 @@ class _Supervisor:
     def run(self) -> int:
         self._learn_end()
         if self.leads:
+            self.meeting.forget_earlier()
             self._banner()
         pid = self._fork()
         status = self._watch(pid)
@@ -149,27 +150,28 @@ class _Supervisor:
             why = f"failed: {row['error']}" if row["error"] else row["cause"]
             self._note(lambda: self.ledger.decided(self.shard, row["epoch"], next="nothing", why=why))
         elif code == FINISHED and self.start.ranks > 1:
-            self._note(lambda: self.meeting.report(code))
+            self._note(lambda: self.meeting.report(code, preemption.noted()))
         return code
 
     def _after(self, pid: int, status: int) -> int:
         code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else 1
-        self._note(lambda: self.meeting.report(code) if self.start.ranks > 1 else None)
+        if self.start.ranks > 1:
+            self._note(lambda: self.meeting.report(code, preemption.noted()))
         if self.distributed and not self.leads and code == CONTINUE:
             return FINISHED  # rank 0 resubmits; anything but 0 here would have the step killed while it does
         until = time.time() + RETRY_S if self.end is None else max(time.time() + 5, min(time.time() + RETRY_S, self.end - 2))
+        if code == CONTINUE and self.start.ranks > 1:
+            self.meeting.wait_for_all(min(time.time() + RANKS_WAIT_S, until))
         facts = self._ask()
         row = self._settle(pid, status, code, facts)
         rows = [row if one["epoch"] == row["epoch"] else one for one in self.ledger.generations(self.shard)]
         decision = budget.decide(rows, self.job.experiment.slurm)
-        if decision.go_on and code == CONTINUE and self.start.ranks > 1:
-            self.meeting.wait_for_all(min(time.time() + RANKS_WAIT_S, until))
         then, why, continuation = "nothing", decision.why, None
         if decision.go_on:
             self._decided(row, "requeue", decision.why)  # a requeue ends this process within moments
             then, how, continuation = Continuation(self.job, self.start, self.command, until=until).go_on(facts)
             why = f"{decision.why}; {how}"
-        if then != "requeue":
+        if then != "requeue" and not (decision.go_on and then == "nothing"):  # another process has decided
             self._decided(row, then, why, continuation)
         resumable = decision.go_on or row["cause"] in budget.FINAL
         print(f"{self.job.name}: {why}", flush=True)
@@ -187,6 +189,8 @@ class _Supervisor:
             row = {**dict.fromkeys(("error", "ended", "asked", "done", "unit", "mendable", "progressed")), "in_flight": [], "units": 0}
             row.update(epoch=epoch, started=time.time(), cause="failed" if code == 1 else "stopped")
         asked = (preemption.noted() or [row["asked"]])[0] if row["ended"] is None else row["cause"]
+        if asked == "stopped":
+            asked = (self.meeting.asked() or ["asked"])[0]  # another rank heard it
         cause, error = row["cause"], row["error"]
         if os.WIFSIGNALED(status):
             name = signal.Signals(os.WTERMSIG(status)).name
@@ -231,7 +235,7 @@ class _Supervisor:
     # helpers ---------------------------------------------------------------------------------------------------------
 
     def _decided(self, row: Row, then: str, why: str, continuation: str | None = None) -> None:
-        facts = {"next": then, "why": why, "cause": row["cause"], "continuation": continuation}
+        facts = {"next": then, "why": why, "cause": row["cause"], "error": row["error"], "continuation": continuation}
         self._note(lambda: self.ledger.decided(self.shard, row["epoch"], **facts))
 
     def _note(self, write: Any) -> None:
@@ -242,8 +246,11 @@ class _Supervisor:
             print(f"{self.job.name}: {error}", file=sys.stderr, flush=True)
 
     def _row(self, pid: int) -> Row | None:
-        rows = [row for row in self.ledger.generations(self.shard) if row["pid"] == pid and row["job"] == self.start.job]
-        return rows[-1] if rows and rows[-1]["restarts"] == self.start.restarts else None
+        """The ledger's row of this start: the child's own, or rank 0's for the whole of a distributed run."""
+        here = (self.start.job, self.start.restarts)
+        rows = [row for row in self.ledger.generations(self.shard) if (row["job"], row["restarts"]) == here]
+        rows = [row for row in rows if row["pid"] == pid or self.distributed]
+        return rows[-1] if rows else None
 
     def _ask(self) -> JobFacts | None:
         try:

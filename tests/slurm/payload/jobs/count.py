@@ -29,6 +29,7 @@ class Config(Section):
     die_in: str | None = None
     slow_import: Path | None = None
     kilobytes: int = 0
+    stubborn: float = 0
 
     def fingerprint(self) -> dict[str, Any]:
         return {"units": self.units}
@@ -62,6 +63,8 @@ class Count(Job[Config]):
             raise ValueError(f"unit {i} is poison")
         if config.die_in == str(i):
             os.kill(os.getpid(), signal.SIGKILL)
+        if config.stubborn and str(i) in config.wait_for:
+            _until(config.wait_for[str(i)].exists, config.stubborn)  # looks at nothing else, as one long call would
         if (gate := config.wait_for.get(str(i))) is not None:
             _until(lambda: gate.exists() or stop.is_set())
             if stop.is_set():
