@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from tribunal import __version__
+from tribunal import __version__, cli_cluster
 from tribunal.cluster import launch, preemption
 from tribunal.cluster.job import root
 from tribunal.cluster.pipelines import jobs_of, run_pipeline
@@ -25,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A reasoning model's chain of thought on trial: jobs that survive their time limit.",
 )
+
+cli_cluster.register(app)
 
 ExperimentFile = Annotated[Path, typer.Argument(help="the experiment file", metavar="EXPERIMENT.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="changes on top of the file", metavar="[section.key=value]...")]

@@ -32,14 +32,16 @@ class CheckpointStore:
         epoch: the lease's epoch; a later epoch's checkpoint outranks any of an earlier one, so a late writer
             of an earlier generation cannot be mistaken for the newest.
         keep: how many complete checkpoints stay.
+        counts: whether a checkpoint's folder, by name, is one to look at.
     """
 
-    def __init__(self, root: Path, *, owner: str, epoch: int = 0, keep: int = 2) -> None:
+    def __init__(self, root: Path, *, owner: str, epoch: int = 0, keep: int = 2, counts: Callable[[str], bool] = lambda _: True) -> None:
         assert keep >= 1
         self.root = root
         self.owner = owner
         self.epoch = epoch
         self.keep = keep
+        self.counts = counts
 
     def save(self, write: Callable[[Path], None], meta: Json | None = None) -> Checkpoint:
         """Call ``write(folder)`` on an empty temporary folder and publish it as the newest checkpoint.
@@ -71,6 +73,9 @@ class CheckpointStore:
     def newest(self) -> Checkpoint | None:
         """The newest complete checkpoint of this owner; damaged and foreign ones are named in the log and skipped."""
         for _, sequence, folder in sorted(self._folders(), reverse=True):
+            if not self.counts(folder.name):
+                log.warning("checkpoint %s skipped: written after its generation had been taken over", folder)
+                continue
             manifest, fault = _verify(folder, self.owner)
             if manifest is not None:
                 return Checkpoint(folder, sequence, manifest["meta"])
@@ -89,8 +94,9 @@ class CheckpointStore:
         return [(int(match[1]), int(match[2]), path) for match, path in matches if match]
 
     def _prune(self, newest: Path) -> None:
-        folders = [path for _, _, path in sorted(self._folders(), reverse=True)]
-        stale = [path for path in folders if path != newest][self.keep - 1 :]
+        folders = [path for _, _, path in sorted(self._folders(), reverse=True) if path != newest]
+        counting = [path for path in folders if self.counts(path.name)]
+        stale = counting[self.keep - 1 :] + [path for path in folders if path not in counting]
         stale += [path for path in self.root.glob("tmp-*") if not path.name.startswith(f"tmp-{self.epoch:06d}-")]
         for path in stale:
             shutil.rmtree(path, ignore_errors=True)  # what could not be removed is outranked or unnamed, hence harmless

@@ -6,6 +6,7 @@ loop, no signal and no science. How it is run, stopped and resumed is ``tribunal
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
 from tribunal.cluster.checkpoint import CheckpointStore
+from tribunal.cluster.fence import Fences
 from tribunal.core import receipts
 from tribunal.core.config import Experiment, Section, SlurmJob
-from tribunal.core.storage import Journal, make_folder, sha256_json
+from tribunal.core.storage import Journal, sha256_json, storage_errors
 from tribunal.core.work import Json, Work
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -78,6 +80,7 @@ class Job(Generic[ConfigT]):
         self.config = cast(ConfigT, experiment.sections[self.name])
         self.shard = shard or Shard()
         self.epoch = 0
+        self.set_aside: frozenset[str] = frozenset()
         self.receipt_notes: Json = {}
         self._journals: dict[str, Journal] = {}
 
@@ -97,6 +100,7 @@ class Job(Generic[ConfigT]):
     def publish(self, out: Path) -> None:
         """Write the finished artefacts into the empty folder ``out``, from durable state only.
 
+        Units in ``self.set_aside`` (each ended two generations) are not in the journal and are left out.
         May be called again after a kill, so it must not consume what it reads (link or copy, never move).
         """
         raise NotImplementedError
@@ -125,11 +129,15 @@ class Job(Generic[ConfigT]):
     @property
     def parts(self) -> Path:
         """Folder for the big files of finished units; a journal record names them with their sha256."""
-        return make_folder(self.state / "parts")
+        folder = self.state / "parts"
+        with storage_errors(folder, "create"):  # not its parents: a late writer must not bring back a published job's state
+            folder.mkdir(exist_ok=True)
+        return folder
 
     def checkpoints(self, name: str, keep: int = 2) -> CheckpointStore:
         """Durable state of an unfinished unit, by name; one writer each (include the shard where that matters)."""
-        return CheckpointStore(self.state / "states" / name, owner=self.owner, epoch=self.epoch, keep=keep)
+        counts = self.fences.checkpoints(f"states/{name}", str(self.shard))
+        return CheckpointStore(self.state / "states" / name, owner=self.owner, epoch=self.epoch, keep=keep, counts=counts)
 
     def results_of(self, job: str) -> Path:
         """The folder of a finished job that this one needs, checked against its receipt."""
@@ -150,6 +158,35 @@ class Job(Generic[ConfigT]):
         return values
 
     @property
+    def lease_folder(self) -> Path:
+        return self.state / "leases" / str(self.shard)
+
+    @property
+    def fences(self) -> Fences:
+        """What generations that were taken over had written until then: all of theirs that counts."""
+        return Fences(self.state)
+
+    @property
+    def attempts(self) -> Path:
+        """Names the units that this shard's process is working on."""
+        return self.state / "attempts" / f"{self.shard}.json"
+
+    def in_flight(self, epoch: int) -> list[str]:
+        """The units that this shard's process was working on when it ended, from the note it left."""
+        if not self.attempts.exists():
+            return []
+        try:
+            note = json.loads(self.attempts.read_text())
+        except ValueError:
+            return []  # killed within its one write
+        return list(note["keys"]) if note["writer"] == f"{self.shard}.{epoch}" else []
+
+    def progressed_in(self, epoch: int) -> bool:
+        """Whether this shard's generation of that epoch made anything durable."""
+        journal = self.state / "journal" / f"{self.shard}.{epoch}.jsonl"
+        return (journal.exists() and journal.stat().st_size > 0) or any((self.state / "states").glob(f"*/{epoch:06d}-*"))
+
+    @property
     def owner(self) -> str:
         return f"{self.experiment.name}/{self.name}/{sha256_json(self.fingerprint())[:16]}"
 
@@ -164,5 +201,11 @@ class Job(Generic[ConfigT]):
 
     def _journal(self, name: str) -> Journal:
         if name not in self._journals:
-            self._journals[name] = Journal(self.state / name, writer=f"{self.shard}.{self.epoch}")
+            self._journals[name] = Journal(
+                self.state / name,
+                writer=f"{self.shard}.{self.epoch}",
+                attempts=self.attempts if name == "journal" else None,
+                set_aside=self.set_aside,
+                limit=self.fences.journal(name),
+            )
         return self._journals[name]

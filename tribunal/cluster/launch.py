@@ -10,24 +10,31 @@ and signals are noted before any heavy import.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tribunal.cluster import preemption
+from tribunal.cluster.budget import units_set_aside
 from tribunal.cluster.job import Job, Shard
 from tribunal.cluster.lease import Lease, LeaseHeld
 from tribunal.cluster.ledger import Ledger
 from tribunal.cluster.preemption import StopSignal
 from tribunal.cluster.progress import ProgressDisplay
 from tribunal.cluster.publishing import already_finished, claim_state, publish
+from tribunal.cluster.ranks import Meeting
+from tribunal.cluster.slurm import Start, this_start
 from tribunal.core import registry
 from tribunal.core.config import Experiment, load_experiment
-from tribunal.core.errors import ConfigError, UserError
+from tribunal.core.errors import ConfigError, StorageError, UserError
 from tribunal.core.storage import make_folder, read_json, write_json
+from tribunal.core.work import Json
 
 FINISHED, CONTINUE = 0, 75
 
@@ -38,10 +45,29 @@ def main(job: str, argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=f"python -m jobs.{job}")
     parser.add_argument("experiment", type=Path, help="the experiment file, e.g. experiments/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes on top of the file")
-    parser.add_argument("--shard", default="0/1", metavar="I/N", help="work on shard I of N (0-based)")
+    parser.add_argument("--shard", metavar="I/N", help="work on shard I of N (0-based); in SLURM by default the array's task")
     parser.add_argument("--limit", type=int, metavar="N", help="smoke run: the first N problems, under a name of its own")
     args = parser.parse_intermixed_args(argv)
-    sys.exit(guarded(lambda: run_job(job, open_experiment(args.experiment, args.overrides, args.limit), parse_shard(args.shard))))
+
+    def body() -> int:
+        experiment = open_experiment(args.experiment, args.overrides, args.limit)
+        shard = parse_shard(args.shard) if args.shard else None
+        start = this_start()
+        if start is None and "TRIBUNAL_GENERATION" in os.environ:
+            from tribunal.cluster.local import run_generation
+
+            return run_generation(make_job(job, experiment, shard))
+        if start is None:
+            return run_job(job, experiment, shard)
+        from tribunal.cluster.supervision import supervise  # it needs this module
+
+        command = [sys.executable, *sys.orig_argv[1:]]  # as it was started: -m in a checkout, or a snapshot's file
+        made = make_job(job, experiment, shard)
+        if shard is None and made.shards:
+            made = make_job(job, experiment, shard_of_task(start))
+        return supervise(made, command)
+
+    sys.exit(guarded(body))
 
 
 def guarded(run: Callable[[], int]) -> int:
@@ -76,13 +102,38 @@ def parse_shard(text: str) -> Shard:
     return Shard(int(index), int(count))
 
 
-def make_job(name: str, experiment: Experiment, shard: Shard | None = None) -> Job[Any]:
+def job_kind(name: str) -> type[Job[Any]]:
     """The job of a module of ``jobs/``: its one subclass of ``Job``."""
     module = registry.load("jobs", name, "job")
     classes = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
     kinds = [kind for kind in classes if issubclass(kind, Job)]
     assert len(kinds) == 1, f"jobs/{name}.py must define exactly one Job, found {[kind.__name__ for kind in kinds]}"
-    return kinds[0](experiment, shard)
+    return kinds[0]
+
+
+def shard_of_task(start: Start, env: Mapping[str, str] = os.environ) -> Shard:
+    """The shard of this process: array tasks times the step's tasks.
+
+    Raises:
+        ConfigError: the array's indices have gaps, so that they say nothing about the shards.
+    """
+    index, count = 0, 1
+    if "SLURM_ARRAY_TASK_ID" in env:
+        task, low, high, step, count = (
+            int(env.get(f"SLURM_ARRAY_TASK_{name}", default))
+            for name, default in (("ID", "0"), ("MIN", "0"), ("MAX", "0"), ("STEP", "1"), ("COUNT", "1"))
+        )
+        if (high - low) // step + 1 != count:
+            raise ConfigError(
+                f"array of {count} tasks from {low} to {high}: the indices have gaps; submit --array=0-{count - 1}, or give --shard I/N"
+            )
+        index = (task - low) // step
+    return Shard(index * start.ranks + start.rank, count * start.ranks)
+
+
+def make_job(name: str, experiment: Experiment, shard: Shard | None = None) -> Job[Any]:
+    """The job of that name for an experiment."""
+    return job_kind(name)(experiment, shard)
 
 
 def run_job(name: str, experiment: Experiment, shard: Shard | None = None, *, quiet: bool = False) -> int:
@@ -90,10 +141,11 @@ def run_job(name: str, experiment: Experiment, shard: Shard | None = None, *, qu
     return run(make_job(name, experiment, shard), quiet=quiet)
 
 
-def run(job: Job[Any], *, stop: StopSignal | None = None, quiet: bool = False) -> int:
+def run(job: Job[Any], *, stop: StopSignal | None = None, quiet: bool = False, meeting: Meeting | None = None) -> int:
     """Start or resume a job and bring it as far as it may go.
 
     Args:
+        meeting: where the other ranks of a distributed job wait for this one, rank 0.
         stop: by default the process's signals and SLURM's end time.
         quiet: print nothing.
     Returns:
@@ -105,8 +157,7 @@ def run(job: Job[Any], *, stop: StopSignal | None = None, quiet: bool = False) -
     preemption.install()
     if job.shard.count > 1 and not job.shards:
         raise ConfigError(f"--shard {job.shard.index}/{job.shard.count}: {job.name} is not split into shards; run it without --shard")
-    slurm = job.experiment.slurm
-    stop = stop or StopSignal(deadline_s=preemption.deadline_from_environment(slurm.signal_lead_s), save_every_s=slurm.save_every_s)
+    stop = stop or own_stop(job)
     if already_finished(job):
         _say(f"{job.name}: finished before ({job.results})", quiet)
         return FINISHED
@@ -118,47 +169,97 @@ def run(job: Job[Any], *, stop: StopSignal | None = None, quiet: bool = False) -
     resumed = bool(ledger.generations())
     display = ProgressDisplay(job.name, quiet=quiet)
     what = f"{job.experiment.name}/{job.name}" + (f" shard {job.shard}" if job.shard.count > 1 else "")
-    with Lease(job.state / "leases" / str(job.shard), what, facts=display.facts) as lease:
+    lost = f"{what} was taken over by a later start; this process has stopped and nothing that it still wrote is read"
+    with Lease(job.lease_folder, what, facts=display.facts, on_lost=lambda: stop.request("superseded")) as lease:
         job.epoch = lease.epoch
+        if lease.took_over:
+            job.fences.draw(str(job.shard), job.epoch)
+        job.set_aside = units_set_aside(ledger.generations())
+        if meeting is not None:
+            meeting.open(job.epoch)
         _say(f"{job.name}: {'resuming' if resumed else 'starting'}", quiet)
-        if not _marker(job, job.shard.index).exists() and not _generation(job, ledger, stop, display, quiet):
-            return CONTINUE
+        if not _marker(job, job.shard.index).exists() and not _generation(job, ledger, stop, display, lease, quiet):
+            if lease.held():
+                return CONTINUE
+            raise LeaseHeld(lost)
         waiting = sum(not _marker(job, index).exists() for index in range(job.shard.count))
         if waiting:
             _say(f"{job.name}: shard {job.shard} is complete; {waiting} of {job.shard.count} shards are still to come", quiet)
             return FINISHED
+        job.set_aside = units_set_aside(ledger.generations())
         try:
-            publish(job, ledger, [read_json(_marker(job, index))["notes"] for index in range(job.shard.count)])
+            notes = [read_json(_marker(job, index))["notes"] for index in range(job.shard.count)]
+            publish(job, ledger, notes, lease.held)
         except LeaseHeld:
+            if not lease.held():
+                raise LeaseHeld(lost) from None
             _say(f"{job.name}: shard {job.shard} is complete; another process is publishing the results", quiet)
             return FINISHED
     _say(f"{job.name}: finished ({job.results})", quiet)
     return FINISHED
 
 
-def _generation(job: Job[Any], ledger: Ledger, stop: StopSignal, display: ProgressDisplay, quiet: bool) -> bool:
+def _generation(job: Job[Any], ledger: Ledger, stop: StopSignal, display: ProgressDisplay, lease: Lease, quiet: bool) -> bool:
     """Run this shard's work until it is complete (True, its marker written) or stopped with everything durable (False)."""
     ledger.start(str(job.shard), job.epoch)
     began = time.monotonic()
-    cause, units = "failed", 0
+    cause = "failed"
+    units: int | None = None
+    facts: Json = {}
     try:
         work = job.build()
-        before = work.progress().done
+        before = now = work.progress()
+        ledger.work(str(job.shard), job.epoch, done=before.done, total=before.total, unit=before.unit)
         with display.watching(work):
             finished = work.run(stop)
         now = work.progress()
-        units = now.done - before
+        units = now.done - before.done
         cause = "finished" if finished else (stop.cause or "stopped")
+        if not lease.held():
+            finished, cause, units = False, "superseded", None  # what counts of them is what the one who took over has found
         if finished:
             make_folder(job.state / "finished")
             write_json(_marker(job, job.shard.index), {"notes": job.receipt_notes})
+    except BaseException as error:
+        facts = {"error": describe(error), "mendable": isinstance(error, UserError), "in_flight": job.in_flight(job.epoch)}
+        if isinstance(error, KeyboardInterrupt):
+            cause = "interrupted"
+        raise
     finally:
         job.close()
-        ledger.end(str(job.shard), job.epoch, cause=cause, seconds=time.monotonic() - began, units=units)
+        # where the disk is full this line cannot be written either; the first error is the one to tell
+        with contextlib.suppress(StorageError) if facts or not lease.held() else contextlib.nullcontext():
+            ledger.end(str(job.shard), job.epoch, cause=cause, seconds=time.monotonic() - began, units=units, **facts)
     if not finished:
         done = f"{now.done} of {now.total} {now.unit}s" if now.total is not None else f"{now.done} {now.unit}s"
-        _say(f"{job.name}: stopped ({cause}), {done} saved; run the same command again to go on", quiet)
+        then = "" if this_start() else "; run the same command again to go on"
+        _say(f"{job.name}: stopped ({cause}), {done} saved{then}", quiet)
     return finished
+
+
+def describe(error: BaseException) -> str:
+    """One line: the kind of error, the first line of its message, where it was raised."""
+    message = next(iter(str(error).splitlines()), "")[:300]
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames and not isinstance(error, UserError) else ""
+    return f"{type(error).__name__}: {message}{where}"
+
+
+def run_rank(job: Job[Any], meeting: Meeting) -> int:
+    """The part of a rank above 0 in a distributed job: the same work, without lease, ledger, marker or publishing."""
+    preemption.install()
+    job.epoch = meeting.join()
+    stop = own_stop(job)
+    try:
+        return FINISHED if job.build().run(stop) else CONTINUE
+    finally:
+        job.close()
+
+
+def own_stop(job: Job[Any]) -> StopSignal:
+    """The process's signals and SLURM's end time."""
+    slurm = job.experiment.slurm
+    return StopSignal(deadline_s=preemption.deadline_from_environment(slurm.signal_lead_s), save_every_s=slurm.save_every_s)
 
 
 def _marker(job: Job[Any], index: int) -> Path:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import socket
 import threading
@@ -20,9 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tribunal.cluster import slurm
 from tribunal.core.errors import CorruptError, StorageError, UserError
 from tribunal.core.storage import fsync_folder, make_folder, read_json, storage_errors, write_json
 
+log = logging.getLogger(__name__)
 BEAT_S = 10.0
 TAKEOVER_WAIT_S = 60.0
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -41,6 +44,9 @@ class Lease:
         takeover_wait_s: how long a foreign host's heartbeat must stand still before its lease is taken.
         beat_s: seconds between heartbeats.
         facts: small JSON written with every heartbeat (progress), for ``tribunal status``.
+        on_lost: called from a side thread when another process has taken the lease over.
+
+    ``took_over`` is True where the last holder had not given the lease back, hence may still be writing.
     """
 
     def __init__(
@@ -51,6 +57,7 @@ class Lease:
         takeover_wait_s: float = TAKEOVER_WAIT_S,
         beat_s: float = BEAT_S,
         facts: Callable[[], dict[str, Any]] | None = None,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder = folder
         self.what = what
@@ -58,6 +65,8 @@ class Lease:
         self.beat_s = beat_s
         self.facts = facts or dict
         self.epoch = 0
+        self.took_over = False
+        self.on_lost = on_lost
         self._beats = 0
         self._lock = threading.Lock()
         self._released = threading.Event()
@@ -81,6 +90,8 @@ class Lease:
             newest = _newest(self.folder)
             if newest is not None:
                 self._wait_for(newest)
+                holder = _read(newest)
+                self.took_over = holder is None or not holder["released"]
             self.epoch = (_number(newest) if newest else 0) + 1
             if self._claim():
                 break
@@ -102,6 +113,10 @@ class Lease:
         with self._lock:
             if self.path.exists():  # gone when the results were published and the state removed
                 write_json(self.path, {**self._holder(), "released": True})
+
+    def held(self) -> bool:
+        """Whether the lease is still ours."""
+        return self.path.exists() and _newest(self.folder) == self.path
 
     @property
     def path(self) -> Path:
@@ -136,6 +151,9 @@ class Lease:
             with self._lock, contextlib.suppress(StorageError):
                 if self.path.exists():
                     write_json(self.path, self._holder())
+                    continue
+            self.on_lost()
+            return
 
     def _wait_for(self, newest: Path) -> None:
         holder = _read(newest)
@@ -147,6 +165,8 @@ class Lease:
                 f"{self.what} is being worked on by process {holder['pid']} on this host ({holder['host']}); "
                 "wait for it, or stop it first (it saves and ends on SIGTERM)"
             )
+        if holder["job"] is not None and holder["job"] != me["job"] and _ended(holder["job"]):
+            return
         deadline = time.monotonic() + self.takeover_wait_s
         while time.monotonic() < deadline:
             time.sleep(min(1.0, self.takeover_wait_s))
@@ -186,6 +206,26 @@ def _may_live(holder: dict[str, Any]) -> bool:
         return False  # left behind by this very process (in-process runs)
     started = _process_start(holder["pid"])
     return started is not None and started == holder["started"]
+
+
+def _ended(job: str) -> bool:
+    """Whether the controller says that a SLURM job is over; False also where it says nothing."""
+    try:
+        state = slurm.ask(job, timeout_s=10).state
+    except slurm.SlurmError as error:
+        log.info("lease: SLURM job %s: %s", job, error)
+        return False
+    return state not in {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED"}
+
+
+def release_dead(folder: Path, pid: int) -> None:
+    """Give back the lease of a process of this host that has ended without doing so."""
+    newest = _newest(folder)
+    holder = _read(newest) if newest is not None else None
+    if newest is None or holder is None or holder["released"] or holder["host"] != socket.gethostname() or holder["pid"] != pid:
+        return
+    assert not _may_live(holder), f"process {pid} is alive"
+    write_json(newest, {**holder, "released": True})
 
 
 def _boot_id() -> str:

@@ -1,4 +1,4 @@
-"""The generations of a job: who ran it when, how it ended and how many units it made durable."""
+"""The generations of a job: who ran it when, how it ended, how many units it made durable, and what was decided then."""
 
 from __future__ import annotations
 
@@ -6,43 +6,86 @@ import json
 import os
 import socket
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tribunal.core.storage import make_folder, storage_errors
+from tribunal.core.storage import storage_errors
+
+Row = dict[str, Any]
+_START = ("shard", "epoch", "host", "pid", "job", "restarts", "gpus")
+_LATER = (
+    "cause",
+    "seconds",
+    "units",
+    "error",
+    "mendable",
+    "in_flight",
+    "progressed",
+    "done",
+    "total",
+    "unit",
+    "asked",
+    "next",
+    "why",
+    "continuation",
+)
 
 
 class Ledger:
-    """An append-only file of ``start`` and ``end`` lines shared by the shards of a job.
+    """An append-only file of events shared by the shards of a job.
 
-    Lines are short and written with one O_APPEND write each. A torn line is skipped by readers; a start without an end is a
-    generation that was killed.
+    Events of a generation: ``start``; ``work`` (loaded: units done so far, in all); ``asked`` (told to stop); ``end``;
+    ``decided`` (whether, why and how it goes on). Lines are short and written with one O_APPEND write each. A torn line
+    is skipped by readers; a start without an end is a generation that was killed. The folder is not made here: a late
+    writer must not bring back the state of a job that was published meanwhile.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def start(self, shard: str, epoch: int) -> None:
-        job = os.environ.get("SLURM_JOB_ID")
-        self._append({"event": "start", "shard": shard, "epoch": epoch, "host": socket.gethostname(), "pid": os.getpid(), "job": job})
+        job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        who = {"host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "pid": os.getpid(), "job": job}
+        self._append({"event": "start", "shard": shard, "epoch": epoch, **who, "restarts": restarts, "gpus": gpus()})
 
-    def end(self, shard: str, epoch: int, *, cause: str, seconds: float, units: int) -> None:
-        self._append({"event": "end", "shard": shard, "epoch": epoch, "cause": cause, "seconds": round(seconds, 3), "units": units})
+    def work(self, shard: str, epoch: int, *, done: int, total: int | None, unit: str) -> None:
+        self._append({"event": "work", "shard": shard, "epoch": epoch, "done": done, "total": total, "unit": unit})
 
-    def generations(self) -> list[dict[str, Any]]:
-        """One row per start, in order: host, pid, job, started, and cause, seconds, units where it ended by itself."""
-        rows: dict[tuple[str, int], dict[str, Any]] = {}
+    def asked(self, shard: str, epoch: int, cause: str) -> None:
+        self._append({"event": "asked", "shard": shard, "epoch": epoch, "asked": cause})
+
+    def end(self, shard: str, epoch: int, *, cause: str, seconds: float, units: int | None, **facts: Any) -> None:
+        """``facts``: error (one line), mendable (the user has to act), in_flight (keys of the units being worked on)."""
+        self._append(
+            {"event": "end", "shard": shard, "epoch": epoch, "cause": cause, "seconds": round(seconds, 3), "units": units, **facts}
+        )
+
+    def decided(self, shard: str, epoch: int, **facts: Any) -> None:
+        """``next`` (``requeue``, ``sbatch``, ``by hand`` or ``nothing``), why, cause (as the controller has it), continuation (an id)."""
+        self._append({"event": "decided", "shard": shard, "epoch": epoch, **facts})
+
+    def note(self, event: str) -> None:
+        """What the user did to the whole job: ``resumed`` (budgets count from here on) or ``cancelled`` (nothing follows)."""
+        self._append({"event": event, "shard": "*", "epoch": 0})
+
+    def generations(self, shard: str | None = None) -> list[Row]:
+        """One row per start, in order; of one shard, or of all. What is not known (yet) is None; ``cause`` is then "killed"."""
+        rows: dict[tuple[str, int], Row] = {}
         for event in self._events():
             key = (event["shard"], event["epoch"])
             if event["event"] == "start":
-                started = {name: event[name] for name in ("shard", "epoch", "host", "pid", "job")}
-                rows[key] = {**started, "started": event["time"], "cause": "killed", "seconds": None, "units": None}
+                blank: Row = {**dict.fromkeys(_LATER), "cause": "killed", "in_flight": []}
+                rows[key] = {**{name: event.get(name) for name in _START}, "started": event["time"], "ended": None, **blank}
             elif key in rows:
-                rows[key].update({name: event[name] for name in ("cause", "seconds", "units")})
-        return list(rows.values())
+                settled = ("cause", "error") if rows[key]["next"] is not None and event["event"] != "decided" else ()
+                rows[key].update({name: event[name] for name in _LATER if name in event and name not in settled})
+                if event["event"] == "end":
+                    rows[key]["ended"] = event["time"]
+        _count_killed(list(rows.values()))
+        return [row for row in rows.values() if shard is None or row["shard"] == shard]
 
-    def _append(self, event: dict[str, Any]) -> None:
-        make_folder(self.path.parent)
+    def _append(self, event: Mapping[str, Any]) -> None:
         line = json.dumps({**event, "time": round(time.time(), 3)}) + "\n"
         with storage_errors(self.path):
             handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -52,7 +95,7 @@ class Ledger:
             finally:
                 os.close(handle)
 
-    def _events(self) -> list[dict[str, Any]]:
+    def _events(self) -> list[Row]:
         if not self.path.exists():
             return []
         events = []
@@ -62,3 +105,22 @@ class Ledger:
             except ValueError:
                 continue  # torn: the writer was killed within its one write
         return events
+
+
+def gpus(env: Mapping[str, str] = os.environ) -> int:
+    """GPUs that this start holds."""
+    if env.get("SLURM_GPUS_ON_NODE", "").isdigit():
+        return int(env["SLURM_GPUS_ON_NODE"]) * int(env.get("SLURM_JOB_NUM_NODES", "1"))
+    return len([device for device in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip() not in ("", "-1", "NoDevFiles")])
+
+
+def _count_killed(rows: Sequence[Row]) -> None:
+    """A generation that was killed made durable what the next one of its shard to get to work found beyond its own start."""
+    found: dict[str, int] = {}
+    for row in reversed(rows):
+        if row["units"] is None and row["done"] is None and row["shard"] in found:
+            row["units"] = 0  # it never got to work
+        elif row["units"] is None and row["shard"] in found:
+            row["units"] = max(0, found[row["shard"]] - row["done"])
+        if row["done"] is not None:
+            found[row["shard"]] = row["done"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from tribunal.cluster.job import Job
 from tribunal.cluster.launch import make_job, run
@@ -37,7 +38,7 @@ def run_pipeline(names: Sequence[str], experiment: Experiment) -> int:
     """
     for name in names:
         job = make_job(name, experiment)
-        if not _finished(job):
+        if not finished(job):
             job.check()
     for name in names:
         if code := run(make_job(name, experiment)):
@@ -45,6 +46,6 @@ def run_pipeline(names: Sequence[str], experiment: Experiment) -> int:
     return 0
 
 
-def _finished(job: Job) -> bool:
+def finished(job: Job[Any]) -> bool:
     """``already_finished``, where what the job reads is there to be compared."""
     return None not in job.fingerprint()["inputs"].values() and already_finished(job)

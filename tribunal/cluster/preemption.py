@@ -25,13 +25,25 @@ def _note(number: int, frame: FrameType | None) -> None:
         previous(number, frame)
 
 
-def install() -> None:
-    """Note the signals from now on (main thread only); handlers that stood before are called as well."""
+def install(*, chain: bool = True) -> None:
+    """Note the signals from now on (main thread only).
+
+    Args:
+        chain: call the handlers that stood before as well; a launcher's own (submitit's save and requeue inside the
+            handler) are replaced instead.
+    """
     for number in CAUSES:
         current = signal.getsignal(number)
         if current is not _note:
             _previous[number] = current
             signal.signal(number, _note)
+    if not chain:
+        _previous.clear()
+
+
+def noted() -> list[str]:
+    """What has been asked of this process so far, in order."""
+    return list(_noted)
 
 
 def uninstall() -> None:
@@ -85,6 +97,6 @@ class StopSignal:
 
 
 def deadline_from_environment(lead_s: float) -> float | None:
-    """When a job has to stop by itself: SLURM's end time less the lead; None outside SLURM."""
-    end = os.environ.get("SLURM_JOB_END_TIME")
-    return float(end) - lead_s if end else None
+    """When a job has to stop by itself: SLURM's end time less the lead (at most half of what is left); None outside SLURM."""
+    end = os.environ.get("SLURM_JOB_END_TIME") or os.environ.get("TRIBUNAL_END_TIME")  # the latter by the local runner
+    return float(end) - min(lead_s, (float(end) - time.time()) / 2) if end else None

@@ -7,14 +7,14 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tribunal import __version__
 from tribunal.cluster.job import Job
-from tribunal.cluster.lease import Lease
+from tribunal.cluster.lease import Lease, LeaseHeld
 from tribunal.cluster.ledger import Ledger
 from tribunal.core import receipts
 from tribunal.core.errors import ConfigError
@@ -24,11 +24,12 @@ from tribunal.core.work import Json
 STARTED = "started.json"
 
 
-def publish(job: Job[Any], ledger: Ledger, notes: Sequence[Json]) -> None:
+def publish(job: Job[Any], ledger: Ledger, notes: Sequence[Json], holds: Callable[[], bool]) -> None:
     """Write the artefacts beside their place, hash them, and move the folder into place in one rename.
 
     Args:
         notes: every shard's ``receipt_notes``; numbers of the same name are added up.
+        holds: whether the shard that publishes is still ours.
     Raises:
         LeaseHeld: another process is publishing.
     """
@@ -40,16 +41,19 @@ def publish(job: Job[Any], ledger: Ledger, notes: Sequence[Json]) -> None:
             shutil.rmtree(left, ignore_errors=True)
         with storage_errors(staging):
             staging.mkdir()
+            given_up = sorted(unit for unit in job.set_aside if unit not in job.journal)
             job.publish(staging)
             job.close()
             outputs = receipts.hash_outputs(staging)
-            write_json(staging / receipts.RECEIPT, _receipt(job, outputs, ledger, notes))
+            write_json(staging / receipts.RECEIPT, _receipt(job, outputs, ledger, notes, given_up))
             for path in staging.rglob("*"):
                 if path.is_file():
                     fsync_file(path)
                 else:
                     fsync_folder(path)
             fsync_folder(staging)
+            if not holds():
+                raise LeaseHeld(f"{job.experiment.name}/{job.name} was taken over by another process, which will publish it")
             staging.rename(job.results)
             fsync_folder(job.results.parent)
     clear_state(job)
@@ -126,7 +130,7 @@ def hardware() -> str:
     return f"cpu: {model}{threads}"
 
 
-def _receipt(job: Job[Any], outputs: dict[str, Any], ledger: Ledger, notes: Sequence[Json]) -> dict[str, Any]:
+def _receipt(job: Job[Any], outputs: dict[str, Any], ledger: Ledger, notes: Sequence[Json], given_up: Sequence[str]) -> dict[str, Any]:
     merged: Json = {}
     for key, value in (item for note in notes for item in note.items()):
         merged[key] = merged[key] + value if key in merged and isinstance(value, (int, float)) else value
@@ -138,7 +142,8 @@ def _receipt(job: Job[Any], outputs: dict[str, Any], ledger: Ledger, notes: Sequ
         "config": job.fingerprint(),
         "code": {"version": __version__, "commit": _commit()},
         "outputs": outputs,
-        "digest": receipts.digest(outputs),
+        "set_aside": list(given_up),
+        "digest": receipts.digest(outputs, given_up),
         "hardware": hardware(),
         "notes": merged,
         "generations": generations,

@@ -30,6 +30,10 @@ class ModelError(UserError):
     """A model, tokenizer or chat template cannot be used as asked."""
 
 
+class InputMissing(UserError):
+    """A job that this one reads has not finished."""
+
+
 class StorageError(UserError):
     """Reading or writing failed (disk full, no permission, I/O error); nothing already durable is lost."""
 

@@ -6,10 +6,11 @@ same plan on the same class of hardware have the same digest however often they 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tribunal.core.errors import CorruptError, UserError
+from tribunal.core.errors import CorruptError, InputMissing
 from tribunal.core.storage import read_json, sha256_file, sha256_json
 
 RECEIPT = "receipt.json"
@@ -23,9 +24,10 @@ def hash_outputs(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.relative_to(folder).as_posix(): {"sha256": sha256_file(path), "bytes": path.stat().st_size} for path in paths}
 
 
-def digest(outputs: dict[str, dict[str, Any]]) -> str:
-    """sha256 over the data files' names and hashes."""
-    return sha256_json({name: facts["sha256"] for name, facts in outputs.items() if Path(name).suffix not in NOT_DATA})
+def digest(outputs: dict[str, dict[str, Any]], set_aside: Sequence[str] = ()) -> str:
+    """sha256 over the data files' names and hashes, and over the units that were given up, where there are any."""
+    hashes: dict[str, Any] = {name: facts["sha256"] for name, facts in outputs.items() if Path(name).suffix not in NOT_DATA}
+    return sha256_json({**hashes, "set aside": sorted(set_aside)} if set_aside else hashes)
 
 
 def read_receipt(folder: Path) -> dict[str, Any] | None:
@@ -43,13 +45,13 @@ def require(folder: Path, wanted_by: str) -> dict[str, Any]:
     """The receipt of a finished job whose files are all there with the right sizes (and hashes, for files up to 64 MiB).
 
     Raises:
-        UserError: the job has not finished.
+        InputMissing: the job has not finished.
         CorruptError: a file is missing or differs; names it.
     """
     receipt = read_receipt(folder)
     if receipt is None:
         experiment, job = folder.parent.name, folder.name
-        raise UserError(f"{wanted_by} reads the results of {job}, which has not finished for experiment '{experiment}'; run {job} first")
+        raise InputMissing(f"{wanted_by} reads the results of {job}, which has not finished for experiment '{experiment}'; run {job} first")
     faults = verify(folder, receipt, hash_up_to=HASH_AT_START_BYTES)
     if faults:
         raise CorruptError(f"{faults[0]}; remove the folder {folder} and run {folder.name} again")

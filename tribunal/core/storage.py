@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,8 @@ from tribunal.core.errors import CorruptError, DataError, StorageError
 log = logging.getLogger(__name__)
 RecordT = TypeVar("RecordT", bound=BaseModel)
 Json = dict[str, Any]
+MAX_ATTEMPTS = 1000
+"""Keys named in the note of what is being worked on; a larger item is named by its first ones."""
 
 
 def canonical_json(value: Any) -> str:
@@ -182,11 +184,27 @@ class Journal:
     Args:
         folder: the journal's folder, created if need be.
         writer: this writer's name, ``<shard>.<epoch>``; None opens it for reading only.
+        attempts: file that ``attempting`` overwrites; None for no such note.
+        set_aside: units that are not to be tried again.
+        limit: bytes of a writer's file that count, by the file's name; None for all of it.
     """
 
-    def __init__(self, folder: Path, writer: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        writer: str | None = None,
+        *,
+        attempts: Path | None = None,
+        set_aside: frozenset[str] = frozenset(),
+        limit: Callable[[str], int | None] = lambda _: None,
+    ) -> None:
         self.folder = make_folder(folder)
         self.path = folder / f"{writer}.jsonl" if writer else None
+        self.attempts = attempts
+        self.set_aside = set_aside
+        self.limit = limit
+        self._attempts_handle: int | None = None
+        self._attempts_width = 0
         self._handle: int | None = None
         self._places: dict[str, tuple[int, str, Path, int, int]] = {}  # key -> epoch, writer, file, offset, length
         self._read_to: dict[Path, int] = {}
@@ -245,10 +263,25 @@ class Journal:
             start += len(line)
         self._read_to[self.path] = start
 
+    def attempting(self, keys: Collection[str]) -> None:
+        """Note which units are being worked on, for whoever finds this process dead; cheap, and not durable."""
+        if self.attempts is None:
+            return
+        note = canonical_json({"writer": self.path.stem if self.path else None, "keys": sorted(keys)[:MAX_ATTEMPTS]}).encode()
+        with storage_errors(self.attempts):
+            if self._attempts_handle is None:
+                make_folder(self.attempts.parent)
+                self._attempts_handle = os.open(self.attempts, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._attempts_width = max(self._attempts_width, len(note))
+            os.pwrite(self._attempts_handle, note.ljust(self._attempts_width), 0)  # one call; the spaces cover a longer note
+
     def close(self) -> None:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+        if self._attempts_handle is not None:
+            os.close(self._attempts_handle)
+            self._attempts_handle = None
 
     def _open(self, path: Path) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
@@ -257,10 +290,12 @@ class Journal:
         fsync_folder(path.parent)
 
     def _scan(self, path: Path) -> None:
-        start = self._read_to.get(path, 0)
+        start, limit = self._read_to.get(path, 0), self.limit(path.name)
+        if limit is not None and limit <= start:
+            return
         with path.open("rb") as file:
             file.seek(start)
-            data = file.read()
+            data = file.read(-1 if limit is None else limit - start)
         end = data.rfind(b"\n") + 1  # what follows is torn, or still being written
         offset = start
         for line in data[:end].splitlines(keepends=True):

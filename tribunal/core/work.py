@@ -6,7 +6,7 @@ places to keep what is done; ``tribunal.cluster`` supplies both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -65,7 +65,12 @@ class Checkpoints(Protocol):
 
 
 class Journal(Protocol):
-    """Finished units by key; see ``tribunal.core.storage.Journal``. The journal *is* the checkpoint."""
+    """Finished units by key; see ``tribunal.core.storage.Journal``. The journal *is* the checkpoint.
+
+    ``set_aside`` holds the keys of units that are not to be tried again: they ended the process too often.
+    """
+
+    set_aside: frozenset[str]
 
     def __contains__(self, key: str) -> bool: ...
 
@@ -73,6 +78,9 @@ class Journal(Protocol):
 
     def append(self, records: Mapping[str, Json]) -> None:
         """Make these units durable (written and fsynced together) before returning."""
+
+    def attempting(self, keys: Collection[str]) -> None:
+        """Note which units are being worked on, for whoever finds this process dead; cheap, and not durable."""
 
 
 class Never:
@@ -116,7 +124,8 @@ class OverItems(Generic[Item]):
         self.unit = unit
         self.enough = enough or (lambda: False)
         self._plan = {key for item in items for key in keys(item)}
-        self._done = {key for key in self._plan if key in journal}
+        self._set_aside = {key for key in self._plan if key in journal.set_aside and key not in journal}
+        self._done = {key for key in self._plan if key in journal} | self._set_aside
 
     def run(self, stop: Stop) -> bool:
         for item in self.items:
@@ -127,6 +136,7 @@ class OverItems(Generic[Item]):
                 return True
             if stop.is_set():
                 return False
+            self.journal.attempting(keys - self._done)
             for records in self.process(item, stop):
                 new = {key: record for key, record in records.items() if key not in self._done}
                 unplanned = new.keys() - keys
@@ -134,15 +144,18 @@ class OverItems(Generic[Item]):
                 if new:
                     self.journal.append(new)
                     self._done |= new.keys()
+                    self.journal.attempting(keys - self._done)
             if not keys <= self._done:
                 if stop.is_set():
+                    self.journal.attempting(())
                     return False
                 missing = sorted(keys - self._done)
                 raise AssertionError(f"process() ended without units {missing[:3]} and without being stopped")
         return True
 
     def progress(self) -> Progress:
-        return Progress(len(self._done), len(self._plan), self.unit)
+        given_up = len(self._set_aside)
+        return Progress(len(self._done) - given_up, len(self._plan) - given_up, self.unit)
 
 
 def one_record(process: Callable[[Item], Json], key: Callable[[Item], str]) -> Callable[[Item, Stop], Iterator[Mapping[str, Json]]]:

@@ -1,0 +1,195 @@
+"""What submit would queue: resources, scripts, refusals before anything is queued; and the same graph on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+
+import pytest
+
+from tests.project import Project, until
+from tribunal.cluster.resources import check_extra, parse_limit
+from tribunal.cluster.submission import index_list
+from tribunal.core.errors import ConfigError
+
+
+@pytest.fixture
+def project(tmp_path):
+    """Without SLURM on PATH, so that the tests say the same wherever they run."""
+    folders = [folder for folder in os.environ["PATH"].split(os.pathsep) if not shutil.which("sbatch", path=folder)]
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "sh", "git", "env"):
+        if found := shutil.which(tool):
+            (tools / tool).symlink_to(found)
+    return Project(tmp_path, {"PATH": os.pathsep.join([str(tools), *folders])})
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30", 1800), ("2:30", 150), ("4:00:00", 14400), ("1-12", 129600), ("1-12:30", 131400), ("2-00:00:30", 172830), ("90:00", 5400)],
+)
+def test_a_time_limit_is_read_as_slurm_reads_it(text, seconds):
+    assert parse_limit(text, "here") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "4h", "1:2:3:4", "12:61:00", "-5", "4:00:00 "])
+def test_a_malformed_time_limit_is_refused(text):
+    with pytest.raises(ConfigError, match="no time limit"):
+        parse_limit(text, "x.yaml: slurm")
+
+
+@pytest.mark.parametrize(
+    ("option", "why"),
+    [
+        ("--signal=SIGUSR1@60", "set by slurm.signal_lead_s"),
+        ("--signal=B:USR1@60", "set by slurm.signal_lead_s"),
+        ("--array=0-3", "set by slurm.array"),
+        ("comment=x", "no sbatch option"),
+        ("--output=x", "set by submit"),
+    ],
+)
+def test_an_extra_option_that_would_break_the_job_is_refused(option, why):
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        check_extra([option], "x.yaml: slurm")
+
+
+def test_array_indices_are_written_as_ranges():
+    assert index_list([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
+
+
+def test_a_dry_run_prints_graph_and_scripts_and_leaves_nothing_behind(project):
+    slurm = {
+        "partition": "gpu",
+        "account": "lab",
+        "qos": "long",
+        "constraint": "a100",
+        "gres": "gpu:a100",
+        "gpus": 1,
+        "time": "4:00:00",
+        "cpus": 8,
+        "mem_gb": 64,
+        "exclude": "n7",
+        "mail": "me@example.org",
+        "array": 8,
+        "array_throttle": 4,
+        "extra": ["--comment=x"],
+        "jobs": {"count": {"gpus": 2, "nodes": 1}, "double": {"partition": "cpu", "time": "0:30:00"}},
+    }
+    experiment = project.experiment(slurm=slurm)
+    text = project.tribunal("submit", experiment, "count", "double", "--dry-run", "--cluster", "local").stdout
+    first, second = text.split("# ---- ")[1:]
+    options = (
+        "partition=gpu account=lab qos=long constraint=a100 gres=gpu:a100:2 time=240 cpus-per-task=8 mem=64GB exclude=n7 comment=x "
+        "array=0-7%4 mail-user=me@example.org mail-type=END,FAIL signal=USR1@300 open-mode=append requeue "
+        "job-name=numbers.count ntasks-per-node=2 nodes=1"
+    )
+    for option in options.split(" "):
+        assert f"#SBATCH --{option}\n" in first, option
+    assert '--shard "$(((SLURM_ARRAY_TASK_ID) * 2 + SLURM_PROCID))/16"' in first  # one shard per GPU
+    assert "--dependency=afterany:<count>" in second
+    assert "#SBATCH --partition=cpu\n" in second and "#SBATCH --time=30\n" in second
+    assert "gres" not in second and "constraint" not in second  # double needs no GPU, so it asks for nothing that comes with one
+    assert "double" in text and "after count" in text
+    assert list(project.root.rglob("*")) == []
+
+
+def test_the_site_file_supplies_what_the_experiment_leaves_open(project):
+    site = 'TRIBUNAL_SLURM_ACCOUNT=proj-7\nTRIBUNAL_SLURM_PARTITION=short\nTRIBUNAL_MODULES="python/3.11 cuda/12.8"\n# HF_HOME=/x\n'
+    (project.folder / ".tribunal-site.env").write_text(site)
+    experiment = project.experiment(slurm={"partition": "gpu"})
+    text = project.tribunal("submit", experiment, "count", "--dry-run").stdout
+    assert "--account=proj-7" in text and "--partition=gpu" in text
+    assert "module load python/3.11 cuda/12.8" in text
+    assert "HF_HOME" not in text
+
+
+@pytest.mark.parametrize(
+    ("slurm", "said"),
+    [
+        ({"time": "0:05:00"}, "is shorter than signal_lead_s + 90 s"),
+        ({"time": "5 hours"}, "slurm.time"),
+        ({"signal_lead_s": -1}, "slurm.signal_lead_s"),
+        ({"extra": ["--signal=SIGUSR1@"]}, "set by slurm.signal_lead_s"),
+        ({"jobs": {"cuont": {}}}, "did you mean 'count'?"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_queued(project, slurm, said):
+    result = project.tribunal("submit", project.experiment(slurm=slurm), "count", "--cluster", "local", check=2)
+    assert said in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+    assert list(project.root.rglob("*")) == []
+
+
+def test_a_job_whose_input_is_neither_there_nor_queued_is_refused(project):
+    result = project.tribunal("submit", project.experiment(), "double", check=2)
+    assert "double reads the results of count, which has neither finished nor is queued" in result.stderr
+
+
+def test_slurm_is_asked_for_where_there_is_none(project):
+    result = project.tribunal("submit", project.experiment(), "count", "--cluster", "slurm", check=2)
+    assert "sbatch is not on PATH" in result.stderr
+
+
+def test_the_graph_runs_on_this_machine_through_limits_signals_and_more_rounds_than_submitits_own(project):
+    """Each generation is told to stop after its first unit, eight times."""
+    experiment = project.experiment(count={"units": 9, "seconds": 0.4}, double={"seconds": 0.0})
+    project.tribunal("submit", experiment, "count", "double", "gather")
+    told = set()
+
+    def step():
+        for row in project.root.glob("checkpoints/numbers/count/generations.jsonl"):
+            for line in row.read_text().splitlines():
+                if '"event": "work"' in line:
+                    epoch = int(re.search(r'"epoch": (\d+)', line)[1])
+                    start = next(one for one in row.read_text().splitlines() if '"start"' in one and f'"epoch": {epoch},' in one)
+                    if epoch not in told and len(told) < 8:
+                        told.add(epoch)
+                        os.kill(int(re.search(r'"pid": (\d+)', start)[1]), signal.SIGUSR1)
+        return project.finished("gather")
+
+    until(step, what="the chain's end")
+    assert len(project.receipt("count")["generations"]) == 9
+    assert project.receipt("count")["totals"]["units"] == 9
+    assert [row["state"] for row in project.rows()] == ["finished"] * 3
+    assert len(project.tribunal("verify", "numbers").stdout.splitlines()) == 3
+    (project.root / "results" / "numbers" / "double" / "numbers.json").write_text("[]")
+    assert "FAULT" in project.tribunal("verify", "numbers", check=1).stdout
+
+
+def test_cancel_saves_and_resume_goes_on_with_what_is_unfinished_only(project):
+    experiment = project.experiment(count={"units": 12, "seconds": 0.3}, slurm={"array": 2})
+    project.tribunal("submit", experiment, "count", "double", "--cluster", "local")
+    until(lambda: any(row["state"] == "running" for row in project.rows()), what="a running shard")
+    assert "queued already" in project.tribunal("submit", experiment, "count").stdout
+    project.tribunal("cancel", "numbers")
+    until(lambda: {row["state"] for row in project.rows()} == {"cancelled"}, what="all cancelled")
+    assert not project.finished("count")
+    project.tribunal("resume", "numbers")
+    until(lambda: project.finished("double"), what="the end after resume")
+    assert project.receipt("count")["totals"]["units"] == 12
+    assert "finished before" in project.tribunal("resume", "numbers").stdout
+
+
+def test_edits_made_while_a_job_waits_change_nothing(project):
+    """The first job stops at a gate; meanwhile the code and the experiment file are spoilt."""
+    gate = project.root.parent / "gate"
+    experiment = project.experiment(count={"units": 3, "wait_for": {"0": str(gate)}}, double={"factor": 2})
+    project.tribunal("submit", experiment, "count", "double")
+    until(lambda: any(row["state"] == "running" for row in project.rows()), what="the first job")
+    project.experiment(count={"units": 3}, double={"factor": 7})
+    (project.folder / "jobs" / "double.py").write_text("raise SystemExit('edited')")
+    gate.touch()
+    until(lambda: project.finished("double"), what="the second job")
+    assert "[\n  0,\n  6,\n  12\n]" in (project.root / "results/numbers/double/numbers.json").read_text()
+
+
+def test_prefetch_of_what_is_local_needs_no_network_and_what_is_not_there_is_one_line(project):
+    assert "0 problems" in project.tribunal("prefetch", project.experiment(model={"name": "builtin:addition"})).stdout
+    folder = project.root / "model"
+    folder.mkdir()
+    assert "a local folder" in project.tribunal("prefetch", project.experiment(model={"name": str(folder)})).stdout
+    away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(project.root / "hf")}
+    result = project.tribunal("prefetch", project.experiment(model={"name": "no/where"}), check=2, environment=away)
+    assert "model no/where cannot be fetched" in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr

@@ -1,0 +1,68 @@
+"""Four ranks on two nodes, connected by gloo: they agree on one step, all save, one resubmits; a dead rank ends the step."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.bench import Bench
+
+OVER_TWO_NODES = ("--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--time=10")
+SLOWLY_S = 240.0
+
+
+def workers(job: str, rank: int) -> list[int]:
+    """Process ids of a rank: its supervisor and the work."""
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"jobs.steps" in (folder / "cmdline").read_bytes() and wanted <= set((folder / "environ").read_bytes().split(b"\0")):
+                found.append(int(folder.name))
+        except OSError:
+            continue  # ended meanwhile
+    return sorted(found)
+
+
+@pytest.mark.slow
+def test_four_ranks_stop_on_a_signal_to_one_and_survive_the_death_of_another(slurm: str, tmp_path: Path) -> None:
+    whole, stopped = (Bench(tmp_path / name, slurm) for name in ("whole", "stopped"))
+    for run in (whole, stopped):
+        run.folder.mkdir()
+    stopped.sections["steps"] = {"steps": 60, "seconds": 0.25}
+    whole.sections["steps"] = {"steps": 60, "seconds": 0}
+    try:
+        job = stopped.submit("steps", *OVER_TWO_NODES)
+        stopped.until(lambda: metrics(stopped) >= 5, "five steps", SLOWLY_S)
+        for pid in workers(job, 2):  # SLURM signals a task's whole process group
+            os.kill(pid, signal.SIGUSR1)
+        stopped.until(lambda: stopped.rows("steps")[0]["ended"], "all ranks have stopped", 30)
+        stopped.until(lambda: len(stopped.rows("steps")) == 2 and metrics(stopped, 2) >= 5, "the second generation steps", SLOWLY_S)
+        first = stopped.rows("steps")[0]
+        assert (first["cause"], first["next"], stopped.rows("steps")[1]["done"]) == ("asked", "requeue", first["units"])
+        os.kill(workers(job, 3)[-1], signal.SIGKILL)
+        killed = time.monotonic()
+        stopped.until(lambda: stopped.rows("steps")[1]["next"], "the death is noticed", 60)
+        stopped.until(lambda: not any(workers(job, rank) for rank in range(4)), "the step has ended", 60 - (time.monotonic() - killed))
+        assert stopped.rows("steps")[1]["cause"] in ("crashed", "failed")
+        receipt = stopped.finished("steps", SLOWLY_S)
+        stopped.gone()
+        whole.submit("steps", *OVER_TWO_NODES)
+        assert receipt["digest"] == whole.finished("steps", SLOWLY_S)["digest"]
+        whole.gone()
+        assert "Restarts=2 " in stopped.facts(job)
+        assert [row["cause"] for row in receipt["generations"]][::2] == ["asked", "finished"]
+        assert not stopped.state("steps").exists()
+    finally:
+        for run in (whole, stopped):
+            run.clean_up()
+
+
+def metrics(run: Bench, epoch: int = 1) -> int:
+    """Steps of a generation so far."""
+    path = run.state("steps") / "metrics" / f"0-of-1.{epoch}.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0

@@ -1,0 +1,41 @@
+"""Run pipelines or jobs, stage after stage, inside one SLURM job, over as many generations as it takes.
+
+    python -m tribunal.cluster calibrate experiments/X.yaml [section.key=value ...]
+    python -m tribunal.cluster label_traces,train_probes experiments/X.yaml
+
+Finished stages are recognised at once; the stage that a generation was stopped in goes on where it was.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tribunal.cluster import preemption
+
+preemption.install()
+
+from tribunal.cluster import launch  # noqa: E402  the handlers stand before anything else is imported
+from tribunal.cluster.pipelines import jobs_of, run_pipeline  # noqa: E402
+from tribunal.cluster.slurm import this_start  # noqa: E402
+from tribunal.cluster.supervision import supervise  # noqa: E402
+
+
+def main() -> int:
+    if len(sys.argv) < 3:
+        print(__doc__, file=sys.stderr)
+        return 2
+    what, path, *overrides = sys.argv[1:]
+    names = [name for part in what.split(",") for name in jobs_of(part)]
+    experiment = launch.open_experiment(Path(path), overrides)
+    if this_start() is None:
+        return run_pipeline(names, experiment)
+    command = [sys.executable, "-m", "tribunal.cluster", what, str(experiment.path.resolve()), *overrides]
+    for name in names:
+        if code := supervise(launch.make_job(name, experiment), command):
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(launch.guarded(main))
