@@ -9,7 +9,7 @@ index.jsonl, activations.json (schemas in docs/files.md).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from pydantic import Field, field_validator
 from tribunal.activations.poolings import POOLINGS
 from tribunal.cluster.job import Job
 from tribunal.core.config import Section
-from tribunal.core.errors import ConfigError, CorruptError
+from tribunal.core.errors import ConfigError, CorruptError, DataError
 from tribunal.core.records import Verdict
 from tribunal.core.registry import nearest
 from tribunal.core.storage import link_or_copy, sha256_file, write_file, write_json, write_jsonl
@@ -127,13 +127,16 @@ class ExtractActivations(Job[Config]):
         from tribunal.models.residual import hook_point
 
         traces = self._traces()
-        records = {shard.key: self.journal[shard.key] for shard in self._plan(traces)}
+        plan = [shard for shard in self._plan(traces) if shard.key not in self.set_aside or shard.key in self.journal]
+        records = {shard.key: self.journal[shard.key] for shard in plan}
+        if not records:
+            raise DataError(f"{self.name}: every shard ended the process and was set aside; see tribunal logs, and lower batch_tokens")
         for key, record in records.items():
             part = self.parts / record["file"]
             if not part.exists() or sha256_file(part) != record["sha256"]:
                 raise CorruptError(f"{part}: missing or damaged; remove the folder {self.state} and run {self.name} again")
             link_or_copy(part, out / f"{key}.safetensors")
-        write_jsonl(out / INDEX, self._index(traces))
+        write_jsonl(out / INDEX, self._index(plan, traces))
         absent: Counter[str] = Counter()
         for record in records.values():
             absent.update(record["absent"])
@@ -148,7 +151,7 @@ class ExtractActivations(Job[Config]):
             backend=self.config.backend,
             verdicts=list(self.config.verdicts),
             template_sha256=sorted({template for record in records.values() for template in record["template_sha256"]}),
-            traces=len(traces),
+            traces=sum(len(shard.traces) for shard in plan),
             absent={pooling: absent[pooling] for pooling in self.config.poolings},
             shards=[ShardFile(file=f"{key}.safetensors", sha256=record["sha256"], rows=record["rows"]) for key, record in records.items()],
         )
@@ -163,17 +166,17 @@ class ExtractActivations(Job[Config]):
     def _plan(self, traces: Any) -> list[ShardPlan]:
         return [ShardPlan(number, numbers) for number, numbers in enumerate(traces.shards(self.config.traces_per_shard))]
 
-    def _index(self, traces: Any) -> Iterator[Json]:
-        """Every row of every shard, in order; one shard's traces are held at a time."""
+    def _index(self, plan: Sequence[ShardPlan], traces: Any) -> Iterator[Json]:
+        """Every row of every shard file, in order; one shard's traces are held at a time."""
         from tribunal.activations.poolings import spans
 
-        for shard in self._plan(traces):
+        for number, shard in enumerate(plan):
             pairs = traces.read(shard.traces)
             for pooling in self.config.poolings:
                 row = 0
                 for trace, label in pairs:
                     for span in spans(pooling, trace, label):
-                        place = {"shard": shard.number, "pooling": pooling, "row": row}
+                        place = {"shard": number, "pooling": pooling, "row": row}
                         yield {**place, "problem_id": trace.problem_id, "sample": trace.sample, **span._asdict()}
                         row += 1
 

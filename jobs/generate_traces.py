@@ -148,7 +148,7 @@ class GenerateTraces(Job[Config]):
         return Selection(attempts, correct=self.config.target_correct, incorrect=self.config.target_incorrect)
 
     def _advance(self, selection: Selection) -> None:
-        selection.advance(lambda key: self.journal[key]["verdict"] if key in self.journal else None)
+        selection.advance(lambda key: self.journal[key]["verdict"] if key in self.journal else None, self.set_aside)
 
     def _record(self, trace: Trace, problem: Problem) -> Json:
         from tribunal.traces.labels import verdict_of

@@ -15,7 +15,7 @@ from pydantic import Field
 from tribunal.cluster.job import Job
 from tribunal.core.config import NO_EFFECT_ON_RESULTS, Section, SlurmJob
 from tribunal.core.errors import DataError
-from tribunal.core.records import Problem, TraceLabel
+from tribunal.core.records import Problem, Trace, TraceLabel
 from tribunal.core.storage import read_jsonl, write_json, write_jsonl
 from tribunal.core.work import Json, OverItems, Stop, Work
 from tribunal.traces import audit
@@ -69,18 +69,30 @@ class LabelTraces(Job[Config]):
 
     def publish(self, out: Path) -> None:
         traces, problems = self._traces(), self._problems()
-        labels = (TraceLabel.model_validate(self.journal[key]) for key in traces.keys)
-        rows = [audit.facts(trace, label) for trace, label in zip(traces.read(range(len(traces))), labels)]
+        labels = {key: self._label(key, trace, problems) for key, trace in zip(traces.keys, traces.read(range(len(traces))))}
+        rows = [audit.facts(trace, label) for trace, label in zip(traces.read(range(len(traces))), labels.values())]
         audit.require_both_classes(rows, self.config.min_per_class)
-        write_jsonl(out / "labels.jsonl", (self.journal[key] for key in traces.keys))
+        write_jsonl(out / "labels.jsonl", labels.values())
         graders = None
         if self.config.cross_check:
             spread = range(0, len(traces), -(-len(traces) // self.config.cross_check))
-            graders = audit.cross_check(
-                (trace, _problem(problems, trace.problem_id), TraceLabel.model_validate(self.journal[trace.key]))
-                for trace in traces.read(spread)
-            )
+            graders = audit.cross_check((trace, _problem(problems, trace.problem_id), labels[trace.key]) for trace in traces.read(spread))
         write_json(out / "audit.json", audit.audit(rows, graders))
+
+    def _label(self, key: str, trace: Trace, problems: Mapping[str, Problem]) -> TraceLabel:
+        """A trace that was set aside (grading it ended the process, twice) has no answer that can be read."""
+        if key not in self.journal and key in self.set_aside:
+            problem = _problem(problems, trace.problem_id)
+            return TraceLabel(
+                problem_id=trace.problem_id,
+                sample=trace.sample,
+                verdict="unparsable",
+                answer=None,
+                gold=problem.answer,
+                stratum=problem.stratum,
+                sentences=[],
+            )
+        return TraceLabel.model_validate(self.journal[key])
 
     def _traces(self) -> TraceFile:
         return TraceFile(self.results_of("generate_traces") / "traces.jsonl")

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 
 from tribunal.cluster.job import Job
 from tribunal.core.config import Section, SlurmJob
+from tribunal.core.errors import DataError
 from tribunal.core.work import Json, OverItems, Work, one_record
 
 if TYPE_CHECKING:
@@ -103,7 +104,10 @@ class TrainProbes(Job[Config]):
     def publish(self, out: Path) -> None:
         from tribunal.probes.training import publish
 
-        records: dict[str, Json] = {unit.key: self.journal[unit.key] for unit in self.plan()}
+        records: dict[str, Json] = {unit.key: self.journal[unit.key] for unit in self.plan() if unit.key in self.journal}
+        missing = [unit.control for unit in self.plan() if unit.control and unit.key not in records]
+        if missing:
+            raise DataError(f"{self.name}: the control {missing[0]} ended the process and was set aside; no probe is reported without it")
         publish(
             self.training,
             out,

@@ -18,6 +18,7 @@ from tribunal import __version__, cli_cluster
 from tribunal.cluster import launch, preemption
 from tribunal.cluster.job import root
 from tribunal.cluster.pipelines import jobs_of, run_pipeline
+from tribunal.cluster.site import use_site_values
 
 app = typer.Typer(
     add_completion=False,
@@ -26,8 +27,6 @@ app = typer.Typer(
     help="A reasoning model's chain of thought on trial: jobs that survive their time limit.",
 )
 
-cli_cluster.register(app)
-
 ExperimentFile = Annotated[Path, typer.Argument(help="the experiment file", metavar="EXPERIMENT.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="changes on top of the file", metavar="[section.key=value]...")]
 Limit = Annotated[int | None, typer.Option(help="smoke run: the first N problems, under the name <name>-limitN")]
@@ -35,6 +34,16 @@ Limit = Annotated[int | None, typer.Option(help="smoke run: the first N problems
 
 def main() -> None:
     app()
+
+
+@app.callback()
+def site() -> None:
+    def body() -> int:
+        use_site_values()
+        return 0
+
+    if code := launch.guarded(body):
+        sys.exit(code)
 
 
 @app.command()
@@ -102,6 +111,9 @@ def _run(what: str, path: Path, overrides: list[str] | None, limit: int | None, 
 
 def _guarded(body: Callable[[], int]) -> None:
     sys.exit(launch.guarded(body))
+
+
+cli_cluster.register(app)
 
 
 if __name__ == "__main__":

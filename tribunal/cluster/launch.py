@@ -29,6 +29,7 @@ from tribunal.cluster.preemption import StopSignal
 from tribunal.cluster.progress import ProgressDisplay
 from tribunal.cluster.publishing import already_finished, claim_state, publish
 from tribunal.cluster.ranks import Meeting
+from tribunal.cluster.site import use_site_values
 from tribunal.cluster.slurm import Start, this_start
 from tribunal.core import registry
 from tribunal.core.config import Experiment, load_experiment
@@ -50,6 +51,7 @@ def main(job: str, argv: Sequence[str] | None = None) -> None:
     args = parser.parse_intermixed_args(argv)
 
     def body() -> int:
+        use_site_values()
         experiment = open_experiment(args.experiment, args.overrides, args.limit)
         shard = parse_shard(args.shard) if args.shard else None
         start = this_start()

@@ -45,6 +45,12 @@ def site_environment() -> dict[str, str]:
     return {key: os.environ.get(key, value) for key, value in site_values().items()}
 
 
+def use_site_values() -> None:
+    """Take the site file's values into this process's environment, under what is set there already."""
+    for key, value in site_values().items():
+        os.environ.setdefault(key, value)
+
+
 def profile() -> dict[str, Any]:
     """What ``tribunal doctor --submit`` measured here; empty where it never ran."""
     for folder in (Path.cwd(), project_folder()):

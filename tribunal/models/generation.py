@@ -198,14 +198,20 @@ class Sampler:
             unique = list(dict.fromkeys(tuple(prompts[i]) for i in chunk))
             longest = max(map(len, unique))
             ids = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in unique], device=self.device)
-            ends = torch.tensor([[len(ids) - 1] for ids in unique], device=self.device)
+            ends = sorted({len(ids) - 1 for ids in unique})
             prefilled = DynamicCache()
             positions = torch.arange(longest, device=self.device).expand(len(unique), -1)
-            out = self.model(input_ids=ids, position_ids=positions, past_key_values=prefilled, use_cache=True, logits_to_keep=ends)
+            out = self.model(
+                input_ids=ids,
+                position_ids=positions,
+                past_key_values=prefilled,
+                use_cache=True,
+                logits_to_keep=torch.tensor(ends, device=self.device),
+            )
             place = {ids: n for n, ids in enumerate(unique)}
             source = [place[tuple(prompts[i])] for i in chunk]
             wave.cache.join(prefilled, source, [len(prompts[i]) for i in chunk])
-            logits.append(out.logits[source, 0])
+            logits.append(out.logits[source, [ends.index(len(prompts[i]) - 1) for i in chunk]])
         return torch.cat(logits)
 
     def _draw(self, wave: Wave, first: int, logits_BV: torch.Tensor) -> list[Finished]:

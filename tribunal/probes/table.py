@@ -6,6 +6,7 @@ Only a trace's small facts and its text are held; token ids are dropped while re
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,11 +52,14 @@ class Table:
         return len(self.keys)
 
 
-def read_table(traces: Path, labels: Path, *, truncated_as_incorrect: bool = False) -> Table:
+def read_table(
+    traces: Path, labels: Path, *, truncated_as_incorrect: bool = False, extracted: Collection[tuple[str, int]] | None = None
+) -> Table:
     """Join traces, problems and labels, and keep the traces with a right or a wrong answer.
 
     Args:
         traces, labels: the result folders of generate_traces and label_traces.
+        extracted: (problem_id, sample) of the traces that have activations; others are left out and counted as ``not_extracted``.
         truncated_as_incorrect: count a trace cut off by the token limit as incorrect instead of leaving it out.
     Raises:
         DataError: a trace without label, or a label or trace of an unknown problem.
@@ -75,6 +79,9 @@ def read_table(traces: Path, labels: Path, *, truncated_as_incorrect: bool = Fal
             raise DataError(f"{labels / 'labels.jsonl'}: no label for trace {trace.key}; run label_traces again")
         if problem is None:
             raise DataError(f"{traces / 'problems.jsonl'}: no problem {trace.problem_id}, which trace {trace.key} is of")
+        if label.verdict in as_label and extracted is not None and (trace.problem_id, trace.sample) not in extracted:
+            counts["not_extracted"] += 1
+            continue
         counts[label.verdict] += 1
         if label.verdict not in as_label:
             continue

@@ -18,6 +18,7 @@ import tribunal
 from tribunal.activations.store import ActivationSet
 from tribunal.core import stats
 from tribunal.core.errors import CorruptError, DataError, LabelError
+from tribunal.core.receipts import read_receipt
 from tribunal.core.reports import plain, write_report
 from tribunal.core.storage import canonical_json, sha256_file, sha256_json, write_atomic
 from tribunal.probes import baselines, direction, figures
@@ -53,8 +54,8 @@ class ProbeTraining:
 
     def __init__(self, *, traces: Path, labels: Path, activations: Path, settings: Mapping[str, Any], seed: int) -> None:
         self.settings, self.seed = dict(settings), seed
-        self.table = read_table(traces, labels, truncated_as_incorrect=settings["truncated"] == "incorrect")
         self.activations = ActivationSet.open(activations)
+        self.table = read_table(traces, labels, truncated_as_incorrect=settings["truncated"] == "incorrect", extracted=self._extracted())
         require_classes(
             self.table.labels,
             self.table.problems,
@@ -71,6 +72,13 @@ class ProbeTraining:
         place = {problem: i for i, problem in enumerate(dict.fromkeys(self.table.problems))}
         self.problem_numbers = np.array([place[problem] for problem in self.table.problems], dtype=np.int64)
         self.controls = baselines.available(self.table)
+
+    def _extracted(self) -> set[tuple[str, int]] | None:
+        """The traces that have activations, where extraction had to set shards aside; None: all of them."""
+        receipt = read_receipt(self.activations.folder)
+        if receipt is None or not receipt["set_aside"]:
+            return None
+        return {(row.problem_id, row.sample) for pooling in self.activations.poolings for row in self.activations.rows(pooling)}
 
     @cached_property
     def poolings(self) -> list[str]:
@@ -214,7 +222,8 @@ def evaluate(training: ProbeTraining, records: Mapping[str, Json], parts: Path) 
     for pooling in training.poolings:
         rows, _, positions = training.cell_rows(pooling)
         for layer in acts.layers:
-            cells.append(Cell(layer, pooling, rows, positions, _load(records[f"layer_{layer}/{pooling}"], parts)))
+            if (record := records.get(f"layer_{layer}/{pooling}")) is not None:  # else it was set aside
+                cells.append(Cell(layer, pooling, rows, positions, _load(record, parts)))
     return Evaluation(
         labels_T=training.table.labels,
         problems_T=training.table.problems,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from statistics import mean, median
 from typing import Any, NamedTuple, cast
 
@@ -72,15 +72,19 @@ class Selection:
         """Whether there are targets and the finished prefix meets them."""
         return bool(self.targets) and all(self.counts[verdict] >= target for verdict, target in self.targets.items())
 
-    def advance(self, verdict_of: Callable[[str], Verdict | None]) -> None:
+    def advance(self, verdict_of: Callable[[str], Verdict | None], set_aside: Collection[str] = ()) -> None:
         """Go on along the order as far as traces are finished without a gap.
 
         Args:
             verdict_of: a finished trace's verdict by key, None while it is not finished.
+            set_aside: attempts that are not tried again: passed over.
         """
         while self.done < len(self.attempts) and not self.met:
             attempt = self.attempts[self.done]
             verdict = verdict_of(attempt.key)
+            if verdict is None and attempt.key in set_aside:
+                self.done += 1
+                continue
             if verdict is None:
                 return
             self.done += 1
