@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tribunal.core.storage import fsync_file, fsync_folder, make_folder, sha256_file, saving, sha256_json, storage_errors
+from tribunal.core.storage import fsync_file, fsync_folder, make_folder, saving, sha256_file, sha256_json, storage_errors
 from tribunal.core.work import Checkpoint, Json
 
 log = logging.getLogger(__name__)
