@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tribunal.core.storage import fsync_file, fsync_folder, make_folder, sha256_file, sha256_json, storage_errors
+from tribunal.core.storage import fsync_file, fsync_folder, make_folder, saving, sha256_file, sha256_json, storage_errors
 from tribunal.core.work import Checkpoint, Json
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class CheckpointStore:
         sequence = max((number for _, number, _ in self._folders()), default=0) + 1
         final = self.root / f"{self.epoch:06d}-{sequence:08d}"
         temporary = self.root / f"tmp-{final.name}-{os.getpid()}"
-        with storage_errors(final):
+        with saving.timed(), storage_errors(final):
             try:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()

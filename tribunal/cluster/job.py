@@ -80,6 +80,7 @@ class Job(Generic[ConfigT]):
         self.config = cast(ConfigT, experiment.sections[self.name])
         self.shard = shard or Shard()
         self.epoch = 0
+        self.launched: float | None = None  # when SLURM started this process, by the clock
         self.set_aside: frozenset[str] = frozenset()
         self.receipt_notes: Json = {}
         self._journals: dict[str, Journal] = {}

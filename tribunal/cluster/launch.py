@@ -34,7 +34,7 @@ from tribunal.cluster.slurm import Start, this_start
 from tribunal.core import registry
 from tribunal.core.config import Experiment, load_experiment
 from tribunal.core.errors import ConfigError, StorageError, UserError
-from tribunal.core.storage import make_folder, read_json, write_json
+from tribunal.core.storage import make_folder, read_json, saving, write_json
 from tribunal.core.work import Json
 
 FINISHED, CONTINUE = 0, 75
@@ -203,8 +203,8 @@ def run(job: Job[Any], *, stop: StopSignal | None = None, quiet: bool = False, m
 
 def _generation(job: Job[Any], ledger: Ledger, stop: StopSignal, display: ProgressDisplay, lease: Lease, quiet: bool) -> bool:
     """Run this shard's work until it is complete (True, its marker written) or stopped with everything durable (False)."""
-    ledger.start(str(job.shard), job.epoch)
-    began = time.monotonic()
+    ledger.start(str(job.shard), job.epoch, launched=job.launched)
+    began, saved = time.monotonic(), saving.seconds
     cause = "failed"
     units: int | None = None
     facts: Json = {}
@@ -231,6 +231,7 @@ def _generation(job: Job[Any], ledger: Ledger, stop: StopSignal, display: Progre
         job.close()
         # where the disk is full this line cannot be written either; the first error is the one to tell
         with contextlib.suppress(StorageError) if facts or not lease.held() else contextlib.nullcontext():
+            facts["saving"] = round(saving.seconds - saved, 3)
             ledger.end(str(job.shard), job.epoch, cause=cause, seconds=time.monotonic() - began, units=units, **facts)
     if not finished:
         done = f"{now.done} of {now.total} {now.unit}s" if now.total is not None else f"{now.done} {now.unit}s"

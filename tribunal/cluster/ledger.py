@@ -13,7 +13,7 @@ from typing import Any
 from tribunal.core.storage import storage_errors
 
 Row = dict[str, Any]
-_START = ("shard", "epoch", "host", "pid", "job", "restarts", "gpus")
+_START = ("shard", "epoch", "host", "pid", "job", "restarts", "gpus", "launched")
 _LATER = (
     "cause",
     "seconds",
@@ -22,6 +22,7 @@ _LATER = (
     "mendable",
     "in_flight",
     "progressed",
+    "saving",
     "done",
     "total",
     "unit",
@@ -44,10 +45,12 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def start(self, shard: str, epoch: int) -> None:
+    def start(self, shard: str, epoch: int, *, launched: float | None = None) -> None:
+        """``launched``: when the process was started; importing and taking the lease lie between that and now."""
         job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         who = {"host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "pid": os.getpid(), "job": job}
-        self._append({"event": "start", "shard": shard, "epoch": epoch, **who, "restarts": restarts, "gpus": gpus()})
+        facts = {"restarts": restarts, "gpus": gpus(), "launched": launched}
+        self._append({"event": "start", "shard": shard, "epoch": epoch, **who, **facts})
 
     def work(self, shard: str, epoch: int, *, done: int, total: int | None, unit: str) -> None:
         self._append({"event": "work", "shard": shard, "epoch": epoch, "done": done, "total": total, "unit": unit})
@@ -76,12 +79,14 @@ class Ledger:
             key = (event["shard"], event["epoch"])
             if event["event"] == "start":
                 blank: Row = {**dict.fromkeys(_LATER), "cause": "killed", "in_flight": []}
-                rows[key] = {**{name: event.get(name) for name in _START}, "started": event["time"], "ended": None, **blank}
+                rows[key] = {**{name: event.get(name) for name in _START}, "started": event["time"], "ended": None, "left": None, **blank}
             elif key in rows:
                 settled = ("cause", "error") if rows[key]["next"] is not None and event["event"] != "decided" else ()
                 rows[key].update({name: event[name] for name in _LATER if name in event and name not in settled})
                 if event["event"] == "end":
                     rows[key]["ended"] = event["time"]
+                elif event["event"] == "decided":
+                    rows[key]["left"] = event["time"]  # its process ends within moments
         _count_killed(list(rows.values()))
         return [row for row in rows.values() if shard is None or row["shard"] == shard]
 

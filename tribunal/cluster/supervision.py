@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 from tribunal.cluster import budget, preemption, slurm
@@ -49,12 +50,20 @@ def supervise(job: Job[Any], command: Sequence[str], *, quiet: bool = False) -> 
     start = slurm.this_start()
     assert start is not None, "supervise() runs inside a SLURM job"
     preemption.install(chain=False)
+    job.launched = _process_launched()
     if already_finished(job):
         print(f"{job.name}: finished before ({job.results})", flush=True)
         return FINISHED
     if (job.shards or start.rank == 0) and (code := wait_for_inputs(job, start, command)) is not None:
         return code
     return _Supervisor(job, start, command, quiet).run()
+
+
+def _process_launched() -> float:
+    """When this process was started, in seconds since the epoch."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return round(time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK")), 3)
 
 
 class _Supervisor:

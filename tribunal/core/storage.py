@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -57,6 +58,24 @@ def storage_errors(path: Path | str, doing: str = "write") -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(path, error, doing) from error
+
+
+class Saving:
+    """Seconds that this process has spent making units and states durable: what being resumable costs."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - began
+
+
+saving = Saving()
 
 
 def fsync_folder(folder: Path) -> None:
@@ -246,7 +265,7 @@ class Journal:
         """
         assert self.path is not None, "this journal was opened for reading"
         lines = [(key, _line(key, record)) for key, record in records.items()]
-        with storage_errors(self.path):
+        with saving.timed(), storage_errors(self.path):
             if self._handle is None:
                 self._open(self.path)
             assert self._handle is not None
