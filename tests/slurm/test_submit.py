@@ -278,7 +278,7 @@ def test_a_site_without_requeue_or_clients_in_jobs_gets_a_chain_queued_in_advanc
     (cluster.folder / ".tribunal-site.json").write_text(json.dumps({"route": "chain", "signal_lead_s": 15}))
     file = cluster.write(count={"units": 8, "wait_for": {"4": str(gate)}})
     cluster.tribunal("submit", file, "count", "double")
-    assert len(cluster.queue()) == 7, "six generations of count queued in advance, and double after the last"
+    assert len(cluster.queue()) == 12, "six generations of each job queued in advance"
     cluster.interrupt("count", units=4)
     gate.touch()
     cluster.whole("count", "double")

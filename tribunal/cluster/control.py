@@ -9,6 +9,7 @@ from pathlib import Path
 from tribunal.cluster import live, local, queue, snapshot, status, submission
 from tribunal.cluster.job import root
 from tribunal.cluster.ledger import Ledger
+from tribunal.cluster.site import project_folder
 from tribunal.core import receipts
 from tribunal.core.config import load_experiment
 from tribunal.core.errors import UserError
@@ -70,6 +71,7 @@ def log_files(experiment: str, job: str | None) -> list[Path]:
         for name, entry in record["jobs"].items():
             if job in (None, name):
                 found += Path(entry["logs"]).glob("*_log.out")
+    found += _logs_by_hand(experiment, job)
     if found:
         return sorted(found, key=lambda path: path.stat().st_mtime)
     rows = [row for row in status.report(experiment).rows if job in (None, row.job)]
@@ -78,6 +80,19 @@ def log_files(experiment: str, job: str | None) -> list[Path]:
         raise UserError(f"experiment '{experiment}' has no job '{job}'; it has: {known}")
     why = f" ({rows[0].job}: {rows[0].state}; {rows[0].why})" if rows else ""
     raise UserError(f"no log yet: nothing of '{experiment}' that was submitted has started{why}")
+
+
+def _logs_by_hand(experiment: str, job: str | None) -> list[Path]:
+    """Logs of jobs that were submitted by hand: <name>-<job id>.log, where sbatch was typed."""
+    ids: set[str] = set()
+    for path in (root() / "checkpoints" / experiment).glob("*/generations.jsonl"):
+        if job in (None, path.parent.name):
+            ids |= {row["job"] for row in Ledger(path).generations()}
+    for path in (root() / "results" / experiment).glob(f"*/{receipts.RECEIPT}"):
+        if job in (None, path.parent.name):
+            ids |= {row["job"] for row in read_json(path)["generations"]}
+    folders = {Path.cwd(), project_folder(), root()}
+    return [path for folder in folders for path in folder.glob("*.log") if path.stem.rpartition("-")[2] in ids]
 
 
 def follow(experiment: str, job: str | None) -> Iterator[str]:

@@ -181,6 +181,7 @@ def environment(code: Path, record: Path) -> dict[str, str]:
         **OFFLINE,
         "TRIBUNAL_ROOT": str(root().resolve()),
         "TRIBUNAL_SUBMISSION": str(record),
+        **({"TRIBUNAL_DRILL": os.environ["TRIBUNAL_DRILL"]} if "TRIBUNAL_DRILL" in os.environ else {}),
         "PYTHONPATH": os.pathsep.join([str(code), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
 
