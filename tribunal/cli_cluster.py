@@ -51,13 +51,14 @@ def submit(
 
     def body() -> int:
         from tribunal.cluster import live, submission
+        from tribunal.cluster.plan import check_site, make_plan
 
         where = choose(cluster)
         names = [word for word in words or [] if "=" not in word] or ["calibrate"]
         loaded = launch.open_experiment(experiment, [word for word in words or [] if "=" in word], limit)
-        plan = submission.make_plan(loaded, names, {} if dry_run and where == "local" else live.queued(loaded.name))
+        plan = make_plan(loaded, names, {} if dry_run and where == "local" else live.queued(loaded.name))
         if where == "slurm" and shutil.which("sbatch"):
-            submission.check_site(plan)
+            check_site(plan)
         if dry_run:
             print(submission.dry_run(plan))
             return 0

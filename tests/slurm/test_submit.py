@@ -127,6 +127,7 @@ def test_a_three_stage_chain_with_an_interruption_in_each_ends_like_an_undisturb
     cluster.interrupt("double", units=3)
     cluster.whole("count", "double", "gather")
     assert [len(cluster.receipt(job, cluster.name)["generations"]) for job in ("count", "double", "gather")] == [2, 2, 1]
+    assert cluster.tribunal("logs", cluster.name, "count").stdout.count("=== ") == 2, "one banner per generation, nothing overwritten"
     assert "DependencyNeverSatisfied" not in str(cluster.rows(cluster.name))
 
 

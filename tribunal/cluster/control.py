@@ -9,6 +9,7 @@ from pathlib import Path
 from tribunal.cluster import live, local, queue, snapshot, status, submission
 from tribunal.cluster.job import root
 from tribunal.cluster.ledger import Ledger
+from tribunal.cluster.plan import Plan, check_site, make_plan
 from tribunal.cluster.site import project_folder
 from tribunal.core import receipts
 from tribunal.core.config import load_experiment
@@ -39,7 +40,7 @@ def cancel(experiment: str) -> list[str]:
     return done
 
 
-def resume(experiment: str, cluster: str | None) -> tuple[submission.Plan, dict[str, list[str]]]:
+def resume(experiment: str, cluster: str | None) -> tuple[Plan, dict[str, list[str]]]:
     """Submit again what is neither finished nor queued, with the experiment as it was submitted and the code as it is now.
 
     Raises:
@@ -51,12 +52,12 @@ def resume(experiment: str, cluster: str | None) -> tuple[submission.Plan, dict[
     last = records[-1]
     loaded = load_experiment(Path(last["folder"]) / "experiment.yaml")
     names = list(dict.fromkeys(job for record in records for job in record["jobs"]))
-    plan = submission.make_plan(loaded, names, live.queued(experiment))
+    plan = make_plan(loaded, names, live.queued(experiment))
     if not plan.jobs:
         return plan, {}
     where = cluster or last["cluster"]
     if where == "slurm":
-        submission.check_site(plan)
+        check_site(plan)
     return plan, submission.submit_slurm(plan) if where == "slurm" else submission.submit_local(plan)
 
 

@@ -23,6 +23,7 @@ from tribunal.cluster.job import root
 from tribunal.cluster.launch import make_job
 from tribunal.cluster.ledger import Ledger
 from tribunal.cluster.pipelines import jobs_of
+from tribunal.cluster.plan import make_plan
 from tribunal.core import receipts
 from tribunal.core.config import Experiment
 from tribunal.core.errors import UserError
@@ -165,7 +166,7 @@ def _at(case: Case) -> Iterator[None]:
 
 def _submit(experiment: Experiment, case: Case) -> None:
     with _at(case):
-        plan = submission.make_plan(experiment, case.jobs, {})
+        plan = make_plan(experiment, case.jobs, {})
         if case.cluster == "slurm":
             submission.submit_slurm(plan)
         else:

@@ -170,7 +170,7 @@ def _finished(experiment: str, job: str, receipt: Mapping[str, Any], most: int |
 
 def _fill(row: Row, starts: Sequence[Mapping[str, Any]], entry: Mapping[str, Any] | None) -> None:
     """Units, rate, generations and GPU-hours from the ledger."""
-    row.generation = len(starts)
+    row.generation = sum(not start["before_resume"] for start in starts)
     now = time.time()
     for start, following in zip(starts, [*starts[1:], None]):
         if start["done"] is not None:
