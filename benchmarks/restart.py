@@ -75,6 +75,7 @@ def one_run(args: argparse.Namespace, options: list[str], folder: Path, number: 
         "exit": stopped["left"] - asked,
         "starts": [first, second],
         "saving": sum(row["saving"] or 0 for row in generations) / sum(row["seconds"] for row in generations),
+        "per_unit_ms": 1000 * sum(row["saving"] or 0 for row in generations) / receipt["totals"]["units"],
         "lost": receipt["totals"]["units"] - (generations[1]["done"] + generations[1]["units"]),
     }
 
@@ -114,6 +115,7 @@ def report(job: str, runs: list[dict[str, Any]]) -> None:
     exits, starts = [run["exit"] for run in runs], [start for run in runs for start in run["starts"]]
     lost = (statistics.median(exits) + statistics.median(starts)) / GENERATION_S
     saving = statistics.median(run["saving"] for run in runs)
+    per_unit = statistics.median(run["per_unit_ms"] for run in runs)
     units = sum(run["lost"] for run in runs)
     print(f"{job}: {len(runs)} runs, each interrupted once; median (smallest to largest)")
     print(f"  signal to exit          {statistics.median(exits):7.2f} s  ({min(exits):.2f} to {max(exits):.2f})")
@@ -121,6 +123,7 @@ def report(job: str, runs: list[dict[str, Any]]) -> None:
     print(f"  of a 4-hour generation  {lost:7.3%}    bar {LOST_BAR:.1%}: {'met' if lost < LOST_BAR else 'missed'}")
     print(f"  units lost or repeated  {units:4d}       bar 0: {'met' if units == 0 else 'missed'}")
     print(f"  spent on saving         {saving:7.3%}    bar {SAVING_BAR:.0%}: {'met' if saving < SAVING_BAR else 'missed'}")
+    print(f"  saving, per unit        {per_unit:7.2f} ms (met for every unit that takes longer than {per_unit / SAVING_BAR / 1000:.2f} s)")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ class Project:
         return path
 
     def tribunal(
-        self, *words: object, check: int | None = 0, environment: dict[str, str] | None = None
+        self, *words: object, check: int | None = 0, environment: dict[str, str] | None = None, timeout: float = 120
     ) -> subprocess.CompletedProcess[str]:
         """Run the command in the project's folder; ``check`` is the exit code it must end with."""
         code = "from tribunal.cli import main; main()"
@@ -69,7 +69,7 @@ class Project:
             env={**self.environment, **(environment or {})},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=timeout,
         )
         assert check is None or result.returncode == check, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
         return result

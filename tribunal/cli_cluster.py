@@ -36,7 +36,7 @@ Limit = Annotated[int | None, typer.Option(help="smoke run: the first N problems
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the app."""
-    for command in (submit, status, logs, cancel, resume, verify, prefetch, doctor):
+    for command in (submit, status, logs, cancel, resume, verify, prefetch, doctor, drill):
         app.command()(command)
 
 
@@ -51,13 +51,14 @@ def submit(
 
     def body() -> int:
         from tribunal.cluster import live, submission
+        from tribunal.cluster.plan import check_site, make_plan
 
         where = choose(cluster)
         names = [word for word in words or [] if "=" not in word] or ["calibrate"]
         loaded = launch.open_experiment(experiment, [word for word in words or [] if "=" in word], limit)
-        plan = submission.make_plan(loaded, names, {} if dry_run and where == "local" else live.queued(loaded.name))
+        plan = make_plan(loaded, names, {} if dry_run and where == "local" else live.queued(loaded.name))
         if where == "slurm" and shutil.which("sbatch"):
-            submission.check_site(plan)
+            check_site(plan)
         if dry_run:
             print(submission.dry_run(plan))
             return 0
@@ -203,6 +204,27 @@ def doctor(
             print(preflight.table(measured), f"written for submit: {preflight.save_profile(profile)}", sep="\n")
             findings += measured
         return 1 if any(finding.good is False for finding in findings) else 0
+
+    run(body)
+
+
+def drill(
+    experiment: ExperimentFile,
+    words: Words = None,
+    cluster: Cluster = None,
+    limit: Annotated[int, typer.Option(help="problems of each copy; 0: all of them")] = 4,
+) -> None:
+    """Interrupt short copies of an experiment at every phase by USR1, TERM, KILL and requeue; compare digests (default job: the first)."""
+
+    def body() -> int:
+        from tribunal.cluster import drill as drilling
+
+        names = drilling.chosen([word for word in words or [] if "=" not in word])
+        changes = [*drilling.shrink(names), *(word for word in words or [] if "=" in word)]
+        loaded = launch.open_experiment(experiment, changes, limit or None)
+        results = drilling.run(loaded, names, choose(cluster), lambda line: print(line, file=sys.stderr, flush=True))
+        print(drilling.table(results))
+        return 0 if all(result.survived for result in results) else 1
 
     run(body)
 

@@ -6,12 +6,14 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 
 import pytest
 
 from tests.project import Project, until
+from tests.slurm.test_scripts import faults
 from tribunal.cluster.resources import check_extra, parse_limit
-from tribunal.cluster.submission import index_list
+from tribunal.cluster.scripts import index_list
 from tribunal.core.errors import ConfigError
 
 
@@ -88,6 +90,9 @@ def test_a_dry_run_prints_graph_and_scripts_and_leaves_nothing_behind(project):
     )
     for option in options.split(" "):
         assert f"#SBATCH --{option}\n" in first, option
+    for script in (first, second):
+        lines = script.split("\n", 1)[1].strip()
+        assert faults(lines) == [] and subprocess.run(["bash", "-n"], input=lines, text=True).returncode == 0
     assert '--shard "$(((SLURM_ARRAY_TASK_ID) * 2 + SLURM_PROCID))/16"' in first  # one shard per GPU
     assert "--dependency=afterany:<count>" in second
     assert "#SBATCH --partition=cpu\n" in second and "#SBATCH --time=30\n" in second
@@ -159,13 +164,15 @@ def test_the_graph_runs_on_this_machine_through_limits_signals_and_more_rounds_t
 
 
 def test_cancel_saves_and_resume_goes_on_with_what_is_unfinished_only(project):
-    experiment = project.experiment(count={"units": 12, "seconds": 0.3}, slurm={"array": 2})
+    gate = project.root.parent / "gate"
+    experiment = project.experiment(count={"units": 12, "wait_for": {"6": str(gate), "7": str(gate)}}, slurm={"array": 2})
     project.tribunal("submit", experiment, "count", "double", "--cluster", "local")
     until(lambda: any(row["state"] == "running" for row in project.rows()), what="a running shard")
     assert "queued already" in project.tribunal("submit", experiment, "count").stdout
     project.tribunal("cancel", "numbers")
     until(lambda: {row["state"] for row in project.rows()} == {"cancelled"}, what="all cancelled")
     assert not project.finished("count")
+    gate.touch()
     project.tribunal("resume", "numbers")
     until(lambda: project.finished("double"), what="the end after resume")
     assert project.receipt("count")["totals"]["units"] == 12
@@ -193,3 +200,25 @@ def test_prefetch_of_what_is_local_needs_no_network_and_what_is_not_there_is_one
     away = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(project.root / "hf")}
     result = project.tribunal("prefetch", project.experiment(model={"name": "no/where"}), check=2, environment=away)
     assert "model no/where cannot be fetched" in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_the_same_exception_twice_ends_the_chain_on_this_machine_too(project):
+    experiment = project.experiment(count={"units": 3, "fail_in_build": True})
+    project.tribunal("submit", experiment, "count", "double")
+    until(lambda: project.rows()[0]["state"] == "failed", what="failed")
+    first, second = project.rows()
+    assert first["generation"] == 2 and "same exception" in first["why"] and "no such layer" in first["why"]
+    assert second["state"] == "not started"
+
+
+def test_resume_after_a_failure_gives_a_fresh_budget(project):
+    experiment = project.experiment(count={"units": 3, "fail_in_build": True})
+    project.tribunal("submit", experiment, "count")
+    until(lambda: project.rows()[0]["state"] == "failed", what="failed")
+    broken = project.folder / "jobs" / "count.py"
+    broken.write_text(broken.read_text().replace("if self.config.fail_in_build:", "if False:"))
+    project.tribunal("resume", "numbers")
+    until(lambda: project.finished("count"), what="the end with the mended code")
+    assert [row["before_resume"] for row in project.receipt("count")["generations"]] == [True, True, False]
+    assert "count: finished" in project.tribunal("logs", "numbers").stdout
+    assert project.tribunal("logs", "numbers", "count").stdout.count("no such layer") >= 2

@@ -127,6 +127,7 @@ def test_a_three_stage_chain_with_an_interruption_in_each_ends_like_an_undisturb
     cluster.interrupt("double", units=3)
     cluster.whole("count", "double", "gather")
     assert [len(cluster.receipt(job, cluster.name)["generations"]) for job in ("count", "double", "gather")] == [2, 2, 1]
+    assert cluster.tribunal("logs", cluster.name, "count").stdout.count("=== ") == 2, "one banner per generation, nothing overwritten"
     assert "DependencyNeverSatisfied" not in str(cluster.rows(cluster.name))
 
 
@@ -278,7 +279,7 @@ def test_a_site_without_requeue_or_clients_in_jobs_gets_a_chain_queued_in_advanc
     (cluster.folder / ".tribunal-site.json").write_text(json.dumps({"route": "chain", "signal_lead_s": 15}))
     file = cluster.write(count={"units": 8, "wait_for": {"4": str(gate)}})
     cluster.tribunal("submit", file, "count", "double")
-    assert len(cluster.queue()) == 7, "six generations of count queued in advance, and double after the last"
+    assert len(cluster.queue()) == 12, "six generations of each job queued in advance"
     cluster.interrupt("count", units=4)
     gate.touch()
     cluster.whole("count", "double")

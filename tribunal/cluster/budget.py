@@ -33,6 +33,7 @@ class Decision(NamedTuple):
 def decide(rows: Sequence[Row], slurm: SlurmConfig) -> Decision:
     """Whether a shard may go on, from its generations so far, the last of which has just ended."""
     last = rows[-1]
+    counted = since_resume(rows)
     cause, error = last["cause"], last["error"]
     if cause in FINAL:
         return Decision(False, cause)
@@ -44,11 +45,11 @@ def decide(rows: Sequence[Row], slurm: SlurmConfig) -> Decision:
     if cause in DEATHS and frozenset(last["in_flight"]) in dead:
         return Decision(True, f"{_units(last['in_flight'])} ended {DEATHS_OF_A_UNIT} generations and is set aside ({error})")
     if cause == "failed":
-        alike = [n for n, row in enumerate(rows, 1) if _same(row["error"], error) and frozenset(row["in_flight"]) not in dead]
-        same_unit = all(frozenset(rows[n - 1]["in_flight"]) == frozenset(last["in_flight"]) for n in alike)
+        alike = [n for n, row in enumerate(counted, 1) if _same(row["error"], error) and frozenset(row["in_flight"]) not in dead]
+        same_unit = all(frozenset(counted[n - 1]["in_flight"]) == frozenset(last["in_flight"]) for n in alike)
         if len(alike) > 1 and not (same_unit and last["in_flight"]):
             return Decision(False, f"failed: the same exception in generations {alike[-2]} and {alike[-1]}: {error}")
-    idle = generations_without_progress(rows)
+    idle = generations_without_progress(counted)
     if idle >= slurm.no_progress_generations:
         working = f" on {_units(last['in_flight'])}" if last["in_flight"] else ""
         return Decision(
@@ -56,9 +57,14 @@ def decide(rows: Sequence[Row], slurm: SlurmConfig) -> Decision:
             f"no progress: {idle} generations in a row made no {last['unit'] or 'unit'} durable; the last worked{working} until it ended "
             f"({cause}); give the job more time, or smaller units",
         )
-    if len(rows) >= slurm.max_generations:
-        return Decision(False, f"exhausted: {len(rows)} generations of at most {slurm.max_generations} (slurm.max_generations)")
-    return Decision(True, f"{cause}, generation {len(rows)} of at most {slurm.max_generations}")
+    if len(counted) >= slurm.max_generations:
+        return Decision(False, f"exhausted: {len(counted)} generations of at most {slurm.max_generations} (slurm.max_generations)")
+    return Decision(True, f"{cause}, generation {len(counted)} of at most {slurm.max_generations}")
+
+
+def since_resume(rows: Sequence[Row]) -> list[Row]:
+    """The starts that count: those since the user last submitted the job (units set aside stay so)."""
+    return [row for row in rows if not row.get("before_resume")]
 
 
 def generations_without_progress(rows: Sequence[Row]) -> int:

@@ -33,15 +33,26 @@ class CheckpointStore:
             of an earlier generation cannot be mistaken for the newest.
         keep: how many complete checkpoints stay.
         counts: whether a checkpoint's folder, by name, is one to look at.
+        before_save: makes durable what the checkpoint leads beyond (rows of metrics).
     """
 
-    def __init__(self, root: Path, *, owner: str, epoch: int = 0, keep: int = 2, counts: Callable[[str], bool] = lambda _: True) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        owner: str,
+        epoch: int = 0,
+        keep: int = 2,
+        counts: Callable[[str], bool] = lambda _: True,
+        before_save: Callable[[], None] = lambda: None,
+    ) -> None:
         assert keep >= 1
         self.root = root
         self.owner = owner
         self.epoch = epoch
         self.keep = keep
         self.counts = counts
+        self.before_save = before_save
 
     def save(self, write: Callable[[Path], None], meta: Json | None = None) -> Checkpoint:
         """Call ``write(folder)`` on an empty temporary folder and publish it as the newest checkpoint.
@@ -53,6 +64,7 @@ class CheckpointStore:
             StorageError: writing failed; earlier checkpoints are untouched.
         """
         make_folder(self.root)
+        self.before_save()
         sequence = max((number for _, number, _ in self._folders()), default=0) + 1
         final = self.root / f"{self.epoch:06d}-{sequence:08d}"
         temporary = self.root / f"tmp-{final.name}-{os.getpid()}"

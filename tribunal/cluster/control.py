@@ -9,6 +9,8 @@ from pathlib import Path
 from tribunal.cluster import live, local, queue, snapshot, status, submission
 from tribunal.cluster.job import root
 from tribunal.cluster.ledger import Ledger
+from tribunal.cluster.plan import Plan, check_site, make_plan
+from tribunal.cluster.site import project_folder
 from tribunal.core import receipts
 from tribunal.core.config import load_experiment
 from tribunal.core.errors import UserError
@@ -38,7 +40,7 @@ def cancel(experiment: str) -> list[str]:
     return done
 
 
-def resume(experiment: str, cluster: str | None) -> tuple[submission.Plan, dict[str, list[str]]]:
+def resume(experiment: str, cluster: str | None) -> tuple[Plan, dict[str, list[str]]]:
     """Submit again what is neither finished nor queued, with the experiment as it was submitted and the code as it is now.
 
     Raises:
@@ -50,12 +52,12 @@ def resume(experiment: str, cluster: str | None) -> tuple[submission.Plan, dict[
     last = records[-1]
     loaded = load_experiment(Path(last["folder"]) / "experiment.yaml")
     names = list(dict.fromkeys(job for record in records for job in record["jobs"]))
-    plan = submission.make_plan(loaded, names, live.queued(experiment))
+    plan = make_plan(loaded, names, live.queued(experiment))
     if not plan.jobs:
         return plan, {}
     where = cluster or last["cluster"]
     if where == "slurm":
-        submission.check_site(plan)
+        check_site(plan)
     return plan, submission.submit_slurm(plan) if where == "slurm" else submission.submit_local(plan)
 
 
@@ -70,6 +72,7 @@ def log_files(experiment: str, job: str | None) -> list[Path]:
         for name, entry in record["jobs"].items():
             if job in (None, name):
                 found += Path(entry["logs"]).glob("*_log.out")
+    found += _logs_by_hand(experiment, job)
     if found:
         return sorted(found, key=lambda path: path.stat().st_mtime)
     rows = [row for row in status.report(experiment).rows if job in (None, row.job)]
@@ -78,6 +81,19 @@ def log_files(experiment: str, job: str | None) -> list[Path]:
         raise UserError(f"experiment '{experiment}' has no job '{job}'; it has: {known}")
     why = f" ({rows[0].job}: {rows[0].state}; {rows[0].why})" if rows else ""
     raise UserError(f"no log yet: nothing of '{experiment}' that was submitted has started{why}")
+
+
+def _logs_by_hand(experiment: str, job: str | None) -> list[Path]:
+    """Logs of jobs that were submitted by hand: <name>-<job id>.log, where sbatch was typed."""
+    ids: set[str] = set()
+    for path in (root() / "checkpoints" / experiment).glob("*/generations.jsonl"):
+        if job in (None, path.parent.name):
+            ids |= {row["job"] for row in Ledger(path).generations()}
+    for path in (root() / "results" / experiment).glob(f"*/{receipts.RECEIPT}"):
+        if job in (None, path.parent.name):
+            ids |= {row["job"] for row in read_json(path)["generations"]}
+    folders = {Path.cwd(), project_folder(), root()}
+    return [path for folder in folders for path in folder.glob("*.log") if path.stem.rpartition("-")[2] in ids]
 
 
 def follow(experiment: str, job: str | None) -> Iterator[str]:

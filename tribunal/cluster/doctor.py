@@ -66,6 +66,7 @@ def here() -> Iterator[Finding]:
     values = {name: match[1].strip() for name in CONFIG if (match := re.search(rf"^{name}\s*=\s*(.*)$", config, re.MULTILINE))}
     yield Finding("SLURM controller", True, f"version {values.get('SLURM_VERSION', '?')}")
     yield Finding("partitions", None, ", ".join(f"{name} ({limit})" for name, limit in queue.partitions().items()))
+    yield Finding("GPUs offered", None, ", ".join(queue.gpus()) or "none: experiments with slurm.gpus above 0 cannot run here")
     yield Finding("after SIGTERM", None, f"SIGKILL follows in {values.get('KillWait', '?')}")
     preempts = values.get("PreemptMode", "OFF")
     sends = "preempt_send_user_signal" in values.get("SlurmctldParameters", "")

@@ -50,7 +50,8 @@ class Metrics:
         self.journal = journal
 
     def row(self, *, step: int, **numbers: float) -> None:
-        self.journal.append({f"{step:09d}": {"step": step, **numbers}})
+        # durable with the checkpoint that it leads to: rows after the last one are replayed
+        self.journal.append({f"{step:09d}": {"step": step, **numbers}}, sync=False)
 
     def rows(self, up_to: int | None = None) -> list[Json]:
         """Rows in order of their steps, those after ``up_to`` left out."""
@@ -138,7 +139,9 @@ class Job(Generic[ConfigT]):
     def checkpoints(self, name: str, keep: int = 2) -> CheckpointStore:
         """Durable state of an unfinished unit, by name; one writer each (include the shard where that matters)."""
         counts = self.fences.checkpoints(f"states/{name}", str(self.shard))
-        return CheckpointStore(self.state / "states" / name, owner=self.owner, epoch=self.epoch, keep=keep, counts=counts)
+        return CheckpointStore(
+            self.state / "states" / name, owner=self.owner, epoch=self.epoch, keep=keep, counts=counts, before_save=self._sync_metrics
+        )
 
     def results_of(self, job: str) -> Path:
         """The folder of a finished job that this one needs, checked against its receipt."""
@@ -195,6 +198,10 @@ class Job(Generic[ConfigT]):
         for journal in self._journals.values():
             journal.close()
         self._journals.clear()
+
+    def _sync_metrics(self) -> None:
+        if "metrics" in self._journals:
+            self._journals["metrics"].sync()
 
     def _input_digest(self, job: str) -> str | None:
         receipt = receipts.read_receipt(root() / "results" / self.experiment.name / job)

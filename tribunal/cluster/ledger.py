@@ -73,12 +73,18 @@ class Ledger:
         self._append({"event": event, "shard": "*", "epoch": 0})
 
     def generations(self, shard: str | None = None) -> list[Row]:
-        """One row per start, in order; of one shard, or of all. What is not known (yet) is None; ``cause`` is then "killed"."""
+        """One row per start, in order; of one shard, or of all. What is not known (yet) is None; ``cause`` is then "killed".
+
+        ``before_resume``: the user has submitted the job again since, so this start counts against no budget any more.
+        """
         rows: dict[tuple[str, int], Row] = {}
         for event in self._events():
             key = (event["shard"], event["epoch"])
-            if event["event"] == "start":
-                blank: Row = {**dict.fromkeys(_LATER), "cause": "killed", "in_flight": []}
+            if event["event"] == "resumed":
+                for row in rows.values():
+                    row["before_resume"] = True
+            elif event["event"] == "start":
+                blank: Row = {**dict.fromkeys(_LATER), "cause": "killed", "in_flight": [], "before_resume": False}
                 rows[key] = {**{name: event.get(name) for name in _START}, "started": event["time"], "ended": None, "left": None, **blank}
             elif key in rows:
                 settled = ("cause", "error") if rows[key]["next"] is not None and event["event"] != "decided" else ()

@@ -9,6 +9,7 @@ machine has cores and GPUs for. What starts and stops a task is ``local_executor
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import subprocess
@@ -18,8 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from tribunal.cluster import snapshot
+from tribunal.cluster.budget import FINAL, decide
+from tribunal.cluster.job import Job
+from tribunal.cluster.launch import CONTINUE, FINISHED, run
 from tribunal.cluster.lease import _process_start as process_start
+from tribunal.cluster.ledger import Ledger
 from tribunal.core import receipts
+from tribunal.core.errors import UserError
 from tribunal.core.storage import read_json, write_json
 
 STATE = "local.json"
@@ -144,6 +150,26 @@ class Runner:
     def _note(self) -> None:
         pid = os.getpid()
         write_json(self.folder / STATE, {"pid": pid, "started": process_start(pid), "host": os.uname().nodename, "tasks": self.tasks})
+
+
+def run_generation(job: Job[Any]) -> int:
+    """One generation under the runner; the exit code says whether the job may go on (75), by the same budgets as on SLURM."""
+    ledger, shard = Ledger(job.state / "generations.jsonl"), str(job.shard)
+    try:
+        code = run(job)
+    except UserError:
+        raise
+    except Exception:
+        logging.exception("%s: generation failed", job.name)
+        code = 1
+    rows = ledger.generations(shard)
+    if code == FINISHED or not rows or not rows[-1]["ended"]:
+        return code
+    decision = decide(rows, job.experiment.slurm)
+    resumable = decision.go_on or rows[-1]["cause"] in FINAL
+    ledger.decided(shard, rows[-1]["epoch"], next="local" if decision.go_on else "nothing", why=decision.why, cause=rows[-1]["cause"])
+    print(f"{job.name}: {decision.why}", flush=True)
+    return CONTINUE if resumable else 1
 
 
 def visible_gpus() -> list[str]:

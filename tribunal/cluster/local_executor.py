@@ -95,7 +95,8 @@ class Executor(local.LocalExecutor):
             **os.environ,
             **self.environment,
             "SUBMITIT_LOCAL_NTASKS": "1",
-            "SUBMITIT_LOCAL_COMMAND": shlex.join(command),
+            # USR1 is ignored until Python's handlers stand, as in the scripts for SLURM
+            "SUBMITIT_LOCAL_COMMAND": shlex.join(["/bin/sh", "-c", 'trap "" USR1; exec "$@"', "tribunal", *command]),
             "SUBMITIT_LOCAL_TIMEOUT_S": str(int(limit_s)),
             "SUBMITIT_LOCAL_SIGNAL_DELAY_S": str(int(lead_s)),
             "SUBMITIT_LOCAL_NODEID": "0",

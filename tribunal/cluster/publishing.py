@@ -156,8 +156,11 @@ def _receipt(job: Job[Any], outputs: dict[str, Any], ledger: Ledger, notes: Sequ
 
 
 def _commit() -> str | None:
-    """The commit of the code that runs; None outside a git checkout."""
+    """The commit of the code that runs, in a submission's snapshot the one that it was taken from; None outside a git checkout."""
     folder = Path(__file__).resolve().parents[2]
+    noted = folder / "commit.txt"
+    if noted.exists():
+        return noted.read_text().strip()
     if not (folder / ".git").exists() or shutil.which("git") is None:
         return None
     result = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)

@@ -109,6 +109,15 @@ def partitions() -> dict[str, str]:
     return dict(line.split("|")[:2] for line in lines if "|" in line)
 
 
+def gpus() -> list[str]:
+    """Generic resources of the nodes, as sinfo names them (gpu:a100:4)."""
+    try:
+        lines = call(["sinfo", "-h", "-a", "-o", "%G"]).splitlines()
+    except SlurmError:
+        return []
+    return sorted({line.strip() for line in lines} - {"(null)", ""})
+
+
 def max_array_size() -> int:
     """Largest array index plus one."""
     try:

@@ -33,11 +33,16 @@ ENTRY = '''"""Start one job from this snapshot: python run_job.py JOB EXPERIMENT
 Started as a file, so this folder comes first on sys.path; ``-m`` would put the current folder there.
 """
 
+import os
 import sys
 
 from tribunal.cluster import preemption
 
 preemption.install()  # before anything heavy is imported
+if "TRIBUNAL_DRILL" in os.environ:
+    from tribunal.cluster import drill_points
+
+    drill_points.arm(os.environ["TRIBUNAL_DRILL"])
 
 from tribunal.cluster.launch import main  # noqa: E402
 

@@ -170,7 +170,7 @@ def _finished(experiment: str, job: str, receipt: Mapping[str, Any], most: int |
 
 def _fill(row: Row, starts: Sequence[Mapping[str, Any]], entry: Mapping[str, Any] | None) -> None:
     """Units, rate, generations and GPU-hours from the ledger."""
-    row.generation = len(starts)
+    row.generation = sum(not start["before_resume"] for start in starts)
     now = time.time()
     for start, following in zip(starts, [*starts[1:], None]):
         if start["done"] is not None:
@@ -207,7 +207,7 @@ def _judge(
     row.log = _log(row, last, entry)
     again = f"; tribunal resume goes on (log: {row.log})" if row.log else "; tribunal resume goes on"
     by_slurm = last["job"] is not None if last is not None else entry is None or entry["cluster"] == "slurm"
-    open_end = last is None or last["ended"] is None or last["next"] in ("requeue", "sbatch")
+    open_end = last is None or last["ended"] is None or last["next"] in ("requeue", "sbatch", "local")
     if last is None and entry is not None and entry["cancelled"]:
         row.state, row.why = "cancelled", f"before it started{again}"
     elif by_slurm and open_end and seen.error is not None:
@@ -220,7 +220,7 @@ def _judge(
             row.state, row.why = "not started", f"{gone}{again}"
     elif last["ended"] is None:
         row.state, row.why = "killed", f"ended without a word on {last['host']} (SIGKILL, out of memory, node lost?){again}"
-    elif last["next"] in ("requeue", "sbatch"):
+    elif last["next"] in ("requeue", "sbatch", "local"):
         if time.time() - last["ended"] < SETTLE_S:
             row.state, row.why = "waiting", "has just asked to be started again"
         else:

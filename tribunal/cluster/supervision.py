@@ -295,5 +295,5 @@ class _Supervisor:
             facts.append(f"{done} {last['unit'] or 'unit'}s done before")
             if last["ended"] is not None:
                 facts.append(f"{timedelta(seconds=round(time.time() - last['ended']))} since the last stop ({last['cause']})")
-        generation = f"generation {len(rows) + 1} of at most {self.job.experiment.slurm.max_generations}"
+        generation = f"generation {len(budget.since_resume(rows)) + 1} of at most {self.job.experiment.slurm.max_generations}"
         print(f"=== {self.job.experiment.name}/{self.job.name}: {generation} | {' | '.join(facts)} ===", flush=True)

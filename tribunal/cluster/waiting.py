@@ -59,4 +59,4 @@ def given_up(job: Job[Any], needed: str) -> str | None:
     """Why a parent will not go on by itself; None where it may (or has not begun)."""
     ledger = Ledger(root() / "checkpoints" / job.experiment.name / needed / "generations.jsonl")
     latest = {row["shard"]: row for row in ledger.generations()}
-    return next((row["why"] or row["cause"] for row in latest.values() if row["next"] == "nothing"), None)
+    return next((row["why"] or row["cause"] for row in latest.values() if row["next"] == "nothing" and not row["before_resume"]), None)

@@ -257,9 +257,11 @@ class Journal:
             for path in sorted(self.folder.glob("*.jsonl")):
                 self._scan(path)
 
-    def append(self, records: Mapping[str, Json]) -> None:
+    def append(self, records: Mapping[str, Json], *, sync: bool = True) -> None:
         """Make these units durable: written and fsynced together.
 
+        Args:
+            sync: False leaves the fsync to ``sync()``, for rows that count only together with a later checkpoint.
         Raises:
             StorageError: the write failed; units appended earlier are intact and these count as not done.
         """
@@ -272,7 +274,8 @@ class Journal:
             start = os.lseek(self._handle, 0, os.SEEK_END)
             try:
                 _write_all(self._handle, b"".join(line for _, line in lines))
-                os.fsync(self._handle)
+                if sync:
+                    os.fsync(self._handle)
             except OSError:
                 with contextlib.suppress(OSError):  # a torn tail is harmless: readers ignore it
                     os.ftruncate(self._handle, start)
@@ -281,6 +284,13 @@ class Journal:
             self._place(key, self.path, start, len(line))
             start += len(line)
         self._read_to[self.path] = start
+
+    def sync(self) -> None:
+        """Make durable what was appended without."""
+        if self._handle is not None:
+            assert self.path is not None
+            with saving.timed(), storage_errors(self.path):
+                os.fsync(self._handle)
 
     def attempting(self, keys: Collection[str]) -> None:
         """Note which units are being worked on, for whoever finds this process dead; cheap, and not durable."""
