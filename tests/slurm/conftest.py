@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,19 +27,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[str]:
-    """SLURM_CONF of a running four-node cluster. Skips, and says why, where there is none; not in CI."""
-    check = subprocess.run([CLUSTER, "check"], capture_output=True, text=True)
-    if check.returncode not in (0, 3):
-        why = f"no real SLURM for these tests: {check.stdout.strip()}"
-        if os.environ.get("CI"):
-            pytest.fail(why)
-        pytest.skip(why)
-    started = subprocess.run([CLUSTER, "start"], capture_output=True, text=True, timeout=600)
-    if started.returncode != 0:
-        pytest.fail(f"{CLUSTER.name} start: {started.stderr}")
+    """SLURM_CONF of a running four-node cluster, shared by all test processes. Skips, and says why, where there is none; not in CI."""
+    with _users() as users:
+        check = subprocess.run([CLUSTER, "check"], capture_output=True, text=True)
+        if check.returncode not in (0, 3):
+            why = f"no real SLURM for these tests: {check.stdout.strip()}"
+            if os.environ.get("CI"):
+                pytest.fail(why)
+            pytest.skip(why)
+        if check.returncode == 3:
+            started = subprocess.run([CLUSTER, "start"], capture_output=True, text=True, timeout=600)
+            if started.returncode != 0:
+                pytest.fail(f"{CLUSTER.name} start: {started.stderr}")
+            users["started by tests"] = True
+        users["pids"].append(os.getpid())
     yield subprocess.run([CLUSTER, "env"], capture_output=True, text=True, check=True).stdout.strip().partition("=")[2]
-    if check.returncode == 3:
-        subprocess.run([CLUSTER, "stop"], check=True, timeout=120)
+    with _users() as users:
+        users["pids"].remove(os.getpid())
+        if not users["pids"] and users["started by tests"]:
+            subprocess.run([CLUSTER, "stop"], check=True, timeout=120)
+            users["started by tests"] = False
+
+
+@contextmanager
+def _users() -> Iterator[dict[str, Any]]:
+    """Who uses the cluster, under a lock: the first of several test processes starts it, the last one ends it."""
+    path = Path(tempfile.gettempdir()) / f"tribunal-slurm-users-{os.geteuid()}.json"
+    with path.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        users = json.loads(file.read() or '{"pids": [], "started by tests": false}')
+        users["pids"] = [pid for pid in users["pids"] if Path(f"/proc/{pid}").exists()]
+        yield users
+        file.truncate(0)
+        file.write(json.dumps(users))
 
 
 @pytest.fixture
