@@ -69,7 +69,7 @@ class TrainProbes(Job[Config]):
     needs = ("generate_traces", "label_traces", "extract_activations")
     uses = ("model", "dataset", "seed")
     shards = True
-    resources = SlurmJob(time="1:00:00", nodes=1, gpus=1, cpus=8, mem_gb=64)
+    resources = SlurmJob(time="1:00:00", nodes=1, gpus=0, cpus=8, mem_gb=64)
 
     @cached_property
     def training(self) -> ProbeTraining:

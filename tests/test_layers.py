@@ -34,12 +34,13 @@ ALLOWED: dict[str, set[str]] = {
 
 EVERYTHING = {*ALLOWED, "jobs"}
 ALLOWED["jobs"] = EVERYTHING - {"jobs"}
-ALLOWED["cli"] = EVERYTHING
+ALLOWED["cli_cluster"] = {"core", "cluster"}
+ALLOWED["cli"] = EVERYTHING | {"cli_cluster"}
 
 MODEL_LIBRARIES = {"transformers", "transformer_lens", "peft", "trl"}
 MODEL_PLACES = ("tribunal/models/", "tribunal/coconut/model.py")
 
-WITHOUT_TORCH = ["jobs", "tribunal/core", "tribunal/cluster", "tribunal/datasets", "tribunal/cli.py"]
+WITHOUT_TORCH = ["jobs", "tribunal/core", "tribunal/cluster", "tribunal/datasets", "tribunal/cli.py", "tribunal/cli_cluster.py"]
 """What reads and validates an experiment: imports of these must stay quick, so no torch at module level."""
 HEAVY = ["torch", "transformers", "transformer_lens", "peft", "trl", "accelerate"]
 

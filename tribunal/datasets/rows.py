@@ -175,7 +175,7 @@ def from_hub(repository: str, subset: str | None, split: str, revision: str | No
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"dataset.name: {where}, split '{split}', cannot be loaded: {reason}; load it once where there is a network "
-            "(same HF_HOME, e.g. on the login node), or give a local copy as dataset.path"
+            "(`tribunal prefetch EXPERIMENT` on the login node, same HF_HOME), or give a local copy as dataset.path"
         ) from error
     return Source([Row(values, f"{where}, row {number}") for number, values in enumerate(table, 1)], revision)
 
