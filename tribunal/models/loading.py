@@ -235,7 +235,9 @@ def _one_line(name: str, what: str, *, local: bool) -> Iterator[None]:
         if local:
             cure = "the folder must hold config.json, safetensors weights and the tokenizer's files, as save_pretrained writes them"
         elif os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-            cure = "hub access is off here: run `tribunal prefetch EXPERIMENT` on a node with network and this HF_HOME, or give a local folder"
+            cure = (
+                "hub access is off here: run `tribunal prefetch EXPERIMENT` on a node with network and this HF_HOME, or give a local folder"
+            )
         else:
             cure = "check the name and revision, log in for a gated model, or give a local folder"
         raise ModelError(f"model.name: {name}: cannot load its {what} ({reason}); {cure}") from error
