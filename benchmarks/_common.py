@@ -20,7 +20,7 @@ def clock(device: str = "cpu") -> float:
 
 
 def matmul_peak_flops(device: str = "cpu", dtype: torch.dtype = torch.float32, *, repeats: int = 8) -> float:
-    """The best matrix-product rate seen, in flop per second of ``clock`` (so per core and second on a CPU)."""
+    """The best matrix-product rate seen, in flop per second of ``clock``."""
     best = 0.0
     for size in (512, 1024, 2048) if device == "cpu" else (4096, 8192):
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

@@ -35,7 +35,7 @@ class Config(Section):
     verdicts: list[Verdict] = Field(["correct", "incorrect"], min_length=1, description="traces with one of these are read")
     store_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="of the stored rows; pooling is in float32")
     batch_tokens: int | None = Field(
-        None, ge=1, description="tokens in a batch, padding included (it can change low bits); default: 1024 on a CPU, 16384 on a GPU"
+        None, ge=1, description="tokens in a batch, padding included (it can change low bits); default: 512 on a CPU, 16384 on a GPU"
     )
     traces_per_shard: int = Field(256, ge=1, description="traces in one file, the unit that a stop can cost")
     backend: Literal["hooks", "transformer_lens"] = Field("hooks", description="transformer_lens: slower, needs a second copy of the model")

@@ -111,3 +111,11 @@ def test_a_truncated_index_and_a_foreign_header_are_named(tmp_path):
     (tmp_path / "set" / META).write_text('{"schema_version": 2}')
     with pytest.raises(CorruptError, match=META):
         ActivationSet.open(tmp_path / "set")
+
+
+def test_a_truncated_shard_is_named(tmp_path):
+    make_set(tmp_path / "set")
+    shard = tmp_path / "set" / "acts-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-3])
+    with pytest.raises(CorruptError, match=r"acts-00001.safetensors"):
+        ActivationSet.open(tmp_path / "set").read(0, "mean")

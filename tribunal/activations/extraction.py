@@ -29,7 +29,7 @@ Pair = tuple[Trace, TraceLabel]
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.08}
 """Largest ||batched - plain|| / ||plain|| of a row in the self-check. What a wrong mask or position does is of order 1;
 what another batch shape does to the low bits grows with depth in half precision."""
-DEFAULT_BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
+DEFAULT_BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}
 SELF_CHECK_TRACES = 3
 
 
@@ -72,7 +72,7 @@ class Extractor:
         layers: 0-based blocks; layer 0 is added.
         poolings: names of ``tribunal.activations.poolings.POOLINGS``.
         store_dtype: float32, bfloat16 or float16; pooling itself is in float32.
-        batch_tokens: tokens in a batch, padding included; None takes 1024 on a CPU and 16384 on a GPU. A longer
+        batch_tokens: tokens in a batch, padding included; None takes 512 on a CPU and 16384 on a GPU. A longer
             sequence runs alone. Batch shapes change the low bits of a result.
         reader: another way to run the model, see ``tribunal.models.bridge``; by default forward hooks.
     Raises:
@@ -97,6 +97,8 @@ class Extractor:
         self.device = input_device(model)
         self.batch_tokens = batch_tokens or DEFAULT_BATCH_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
         self._read: Reader = reader or (lambda ids_BL, readers: read_residual(model, ids_BL, readers))
+        if self.device.type == "cpu":
+            _keep_freed_memory()
         embedding = decoder(model).get_input_embeddings()  # type: ignore[operator]
         self._vocabulary: int = embedding.num_embeddings
         self.d_model: int = embedding.embedding_dim
@@ -305,6 +307,15 @@ def _a_few(sequences: Sequence[_Sequence], budget: int) -> list[_Sequence]:
     while len(few) > 1 and len(few) * len(few[-1].ids) > budget:
         few.pop()
     return few
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep what a layer frees (up to 64 MiB) for the next one.
+
+    glibc gives large freed blocks back to the system, and every layer's page faults then cost a sixth of the time;
+    its limit follows the largest block freed so far, up to 32 MiB. Measured: benchmarks/extraction.py.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def _out_of_memory(error: BaseException) -> bool:

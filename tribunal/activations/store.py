@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tribunal.core.errors import CorruptError, UserError
@@ -244,8 +244,11 @@ class ActivationSet:
 
     def _part(self, number: int, layer: int, pooling: str) -> Tensor:
         path = self.folder / self.meta.shards[number].file
-        with storage_errors(path, "read"), safe_open(path, framework="pt") as file:
-            return file.get_tensor(tensor_name(layer, pooling))
+        try:
+            with storage_errors(path, "read"), safe_open(path, framework="pt") as file:
+                return file.get_tensor(tensor_name(layer, pooling))
+        except SafetensorError as error:
+            raise CorruptError(f"{path}: {error}; the file was damaged: run extract_activations again") from error
 
     def _known(self, what: str, value: object, known: Iterable[object]) -> None:
         known = list(known)
