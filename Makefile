@@ -3,7 +3,7 @@
 VENV := $(shell ./setup_cluster.sh --print-venv)
 # Two workers with one thread each: two torch processes that take every core slow each other down, and a login node is shared.
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 "$(VENV)/bin/python" -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST = OMP_NUM_THREADS=1 "$(VENV)/bin/python" -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help setup setup-dev demo test check bench clean
 

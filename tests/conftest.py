@@ -8,14 +8,6 @@ from pathlib import Path
 import pytest
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One worker per file; all tests on the real SLURM on one, since some of them end a node under the others."""
-    folder = Path(__file__).resolve().parent
-    for item in items:
-        group = "slurm" if folder / "slurm" in item.path.parents else item.path.relative_to(folder).as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real GSM8K and BBH files; a user's clone has none, so tests on it are skipped there."""

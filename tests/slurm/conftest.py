@@ -49,6 +49,15 @@ def slurm() -> Iterator[str]:
             users["started by tests"] = False
 
 
+@pytest.fixture(autouse=True)
+def _in_company_or_alone(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Test processes share the cluster; a test marked ``alone`` (it ends a node) waits for the others' and keeps them waiting."""
+    path = Path(tempfile.gettempdir()) / f"tribunal-slurm-company-{os.geteuid()}"
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH)
+        yield
+
+
 @contextmanager
 def _users() -> Iterator[dict[str, Any]]:
     """Who uses the cluster, under a lock: the first of several test processes starts it, the last one ends it."""

@@ -97,6 +97,7 @@ def node(bench: Bench) -> Iterator[str]:
     bench.until(lambda: bench.call("sinfo", "-h", "-n", "n2", "-p", "gpu", "-o", "%t").strip() in ("idle", "mix"), "n2 is back", 60)
 
 
+@pytest.mark.alone
 def test_a_lost_node_with_the_old_process_alive_ends_with_one_writer(bench: Bench, node: str) -> None:
     bench.sections["count"] = {"units": 300, "seconds": 0.1, "wait_for": {"200": bench.folder / "gate"}}
     job = bench.submit("count", "--exclude=n1,n3,n4")

@@ -76,7 +76,7 @@ class ProbeTraining:
     def _extracted(self) -> set[tuple[str, int]] | None:
         """The traces that have activations, where extraction had to set shards aside; None: all of them."""
         receipt = read_receipt(self.activations.folder)
-        if receipt is None or not receipt["set_aside"]:
+        if receipt is None or not receipt.get("set_aside"):
             return None
         return {(row.problem_id, row.sample) for pooling in self.activations.poolings for row in self.activations.rows(pooling)}
 
