@@ -69,19 +69,25 @@ class LabelTraces(Job[Config]):
 
     def publish(self, out: Path) -> None:
         traces, problems = self._traces(), self._problems()
-        labels = {key: self._label(key, trace, problems) for key, trace in zip(traces.keys, traces.read(range(len(traces))))}
-        rows = [audit.facts(trace, label) for trace, label in zip(traces.read(range(len(traces))), labels.values())]
+        rows: list[audit.Facts] = []
+
+        def labels() -> Iterator[TraceLabel]:
+            for trace in traces.read(range(len(traces))):
+                label = self._label(trace, problems)
+                rows.append(audit.facts(trace, label))
+                yield label
+
+        write_jsonl(out / "labels.jsonl", labels())
         audit.require_both_classes(rows, self.config.min_per_class)
-        write_jsonl(out / "labels.jsonl", labels.values())
         graders = None
         if self.config.cross_check:
             spread = range(0, len(traces), -(-len(traces) // self.config.cross_check))
-            graders = audit.cross_check((trace, _problem(problems, trace.problem_id), labels[trace.key]) for trace in traces.read(spread))
+            graders = audit.cross_check((t, _problem(problems, t.problem_id), self._label(t, problems)) for t in traces.read(spread))
         write_json(out / "audit.json", audit.audit(rows, graders))
 
-    def _label(self, key: str, trace: Trace, problems: Mapping[str, Problem]) -> TraceLabel:
+    def _label(self, trace: Trace, problems: Mapping[str, Problem]) -> TraceLabel:
         """A trace that was set aside (grading it ended the process, twice) has no answer that can be read."""
-        if key not in self.journal and key in self.set_aside:
+        if trace.key not in self.journal and trace.key in self.set_aside:
             problem = _problem(problems, trace.problem_id)
             return TraceLabel(
                 problem_id=trace.problem_id,
@@ -92,7 +98,7 @@ class LabelTraces(Job[Config]):
                 stratum=problem.stratum,
                 sentences=[],
             )
-        return TraceLabel.model_validate(self.journal[key])
+        return TraceLabel.model_validate(self.journal[trace.key])
 
     def _traces(self) -> TraceFile:
         return TraceFile(self.results_of("generate_traces") / "traces.jsonl")
