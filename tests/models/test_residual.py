@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from tests.tiny_models import FAMILIES, tiny_model
 from tribunal.core.errors import ModelError
 from tribunal.models.bridge import BridgeReader
-from tribunal.models.residual import blocks, capture, plain_forward, residual_hooks
+from tribunal.models.residual import Change, Gate, Steering, blocks, capture, inject, plain_forward, residual_hooks
 
 
 def hooks_on(model) -> int:
@@ -117,3 +117,73 @@ def test_the_transformer_lens_bridge_reads_the_same_and_leaves_the_model_alone(m
         assert (seen[layer][:, :11] - hidden).abs().max() <= 1e-4
     assert all(torch.equal(capture(model, ids(), [layer])[layer], hidden) for layer, hidden in before.items())
     assert model.config._attn_implementation == "sdpa"
+
+
+def vectors(count: int, seed: int = 3) -> torch.Tensor:
+    return torch.randn(count, 32, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("mode", ["add", "replace"])
+@pytest.mark.parametrize("norm_matched", [True, False])
+@torch.no_grad()
+def test_injection_follows_its_formula_at_ragged_places_and_nowhere_else(model, mode, norm_matched):
+    rows, positions, put = torch.tensor([0, 0, 1]), torch.tensor([2, 3, 5]), vectors(3)
+    plain = capture(model, ids(), [1])[1]
+    with inject(model, put, rows, positions, layer=1, scale=2.0, mode=mode, norm_matched=norm_matched):
+        seen = capture(model, ids(), [1])[1]
+    expected = plain.clone()
+    for row, position, vector in zip(rows.tolist(), positions.tolist(), put):
+        h = plain[row, position]
+        added = 2.0 * (h.norm() * vector / vector.norm() if norm_matched else vector)
+        expected[row, position] = added + h if mode == "add" else added
+    torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
+    assert hooks_on(model) == 0
+
+
+@torch.no_grad()
+def test_zero_vectors_add_nothing_and_cached_generation_is_injected_in_its_prompt_only(model):
+    with inject(model, torch.zeros(1, 32), torch.tensor([0]), torch.tensor([4])):
+        torch.testing.assert_close(capture(model, ids(), [3])[3], capture(model, ids(), [3])[3], rtol=0, atol=0)
+    given = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with inject(model, 30 * vectors(1), torch.tensor([0]), torch.tensor([4]), norm_matched=False):
+        cached, whole = (model.generate(ids(1), use_cache=use, **given) for use in (True, False))
+    assert cached.tolist() == whole.tolist()
+
+
+def test_gradients_flow_through_the_state_and_never_into_what_is_injected(model):
+    put = vectors(1).requires_grad_()
+    with inject(model, put, torch.tensor([1]), torch.tensor([3])):
+        model(input_ids=ids()).logits.sum().backward()
+    assert put.grad is None
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in blocks(model)[0].parameters())
+
+
+@torch.no_grad()
+def test_each_row_is_steered_as_it_was_aimed_and_from_its_own_start(model):
+    a, b = vectors(2)
+    steering = Steering({"add": [Change(1, add_D=3 * a)], "out": [Change(1, remove_D=5 * b), Change(2, remove_D=b)]})
+    plain = capture(model, ids(3), [1])[1]
+    with residual_hooks(model, steering.edits()):
+        steering.aim(["add", "", "out"], [4, 0, 6])
+        seen = capture(model, ids(3), [1, 2])
+    tokens = torch.arange(11)
+    torch.testing.assert_close(seen[1][0], plain[0] + 3 * a * (tokens >= 4)[:, None], rtol=0, atol=1e-5)
+    assert torch.equal(seen[1][1], plain[1])
+    assert torch.equal(seen[1][2, :6], plain[2, :6])
+    for layer in (1, 2):
+        assert (seen[layer][2, 6:] @ b).abs().max() < 1e-4 * b.norm() * seen[layer].norm(dim=-1).max()
+    assert (plain[2, 6:] @ b).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_a_gate_lets_only_tokens_below_its_threshold_be_changed(model):
+    a, g = vectors(2)
+    plain = capture(model, ids(1), [2])[2]
+    below = float((plain @ g).flatten().sort().values[4:6].mean())  # between two tokens
+    steering = Steering({"gated": [Change(2, add_D=a, gate=Gate(g, below))]})
+    with residual_hooks(model, steering.edits()):
+        steering.aim(["gated"])
+        seen = capture(model, ids(1), [2])[2]
+    moved = (seen - plain).abs().amax(-1) > 0
+    assert torch.equal(moved, plain @ g < below)
+    assert 0 < moved.sum() < moved.numel()

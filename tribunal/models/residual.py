@@ -1,16 +1,20 @@
-"""The residual stream of a Hugging Face decoder: the one hook through which it is read, and through which it can be changed.
+"""The residual stream of a Hugging Face decoder: the one hook through which it is read, and through which it is changed.
 
 Layer L is the output of block L, 0-based (TransformerLens: ``blocks.L.hook_resid_post``). The last block's output is
-taken before the final norm, which ``output_hidden_states`` cannot give.
+taken before the final norm, which ``output_hidden_states`` cannot give. Three changes are made to it: vectors are
+injected at placeholder tokens of a prompt (``inject``), rows of a batch are steered or a direction is projected out
+while they are being generated (``Steering``).
 
-Shapes: B sequences, L tokens, D model width.
+Shapes: B sequences, L tokens, D model width, K injected vectors, I interventions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -148,3 +152,134 @@ def plain_forward(model: nn.Module, ids: list[int], layers: Iterable[int]) -> di
         ids_1L = torch.tensor([ids], device=input_device(model))
         hidden = decoder(model)(input_ids=ids_1L, use_cache=False, output_hidden_states=True).hidden_states
     return {layer: (kept[0] if layer == last else hidden[layer + 1])[0] for layer in layers}
+
+
+@contextmanager
+def inject(
+    model: nn.Module,
+    vectors_KD: Tensor,
+    rows_K: Tensor,
+    positions_K: Tensor,
+    *,
+    layer: int = 1,
+    scale: float = 1.0,
+    mode: Literal["add", "replace"] = "add",
+    norm_matched: bool = True,
+) -> Iterator[None]:
+    """While the context is open, put vectors into the residual stream after one block, at given tokens of the prompt.
+
+    With h the state at the token and v its vector, ``add`` gives h + scale |h| v/|v| and ``replace`` scale |h| v/|v|;
+    without ``norm_matched`` the vector is scale v as it is. What is put in is detached: gradients flow through h alone.
+    A vector of zeros adds nothing. Passes over a single token (cached generation) are left alone. Rows may have
+    different numbers of vectors. Training with gradient checkpointing runs blocks again during the backward pass, so
+    the context must stay open until that is done.
+
+    Args:
+        vectors_KD: in any dtype; taken to the model's.
+        rows_K, positions_K: for each vector its row of the batch and its token in that row, padding counted.
+    Source: Karvonen et al. (2025), Activation Oracles, whose released code adds, with |v| matched to |h|.
+    """
+    assert vectors_KD.ndim == 2 and len(vectors_KD) == len(rows_K) == len(positions_K), "one row and one position for each vector"
+
+    def edit(hidden_BLD: Tensor) -> Tensor | None:
+        if hidden_BLD.shape[1] == 1:
+            return None
+        place = rows_K.to(hidden_BLD.device), positions_K.to(hidden_BLD.device)
+        at_KD = hidden_BLD[place]
+        put_KD = vectors_KD.to(hidden_BLD.device, torch.float32)
+        if norm_matched:
+            length_K1 = put_KD.norm(dim=-1, keepdim=True)
+            unit_KD = put_KD / length_K1.where(length_K1 > 0, 1)
+            put_KD = unit_KD * at_KD.detach().float().norm(dim=-1, keepdim=True)
+        put_KD = (scale * put_KD).detach().to(hidden_BLD.dtype)
+        return hidden_BLD.index_put(place, at_KD + put_KD if mode == "add" else put_KD)
+
+    with residual_hooks(model, {layer: edit}):
+        yield
+
+
+class Gate(NamedTuple):
+    """Open at the tokens whose state h, before the change, has ``h @ vector < below``."""
+
+    vector_D: Tensor
+    below: float
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What is done to a token's state h after one block: h - (h.u) u + ``add``, with u the unit vector along ``remove``."""
+
+    layer: int
+    add_D: Tensor | None = None
+    remove_D: Tensor | None = None
+    gate: Gate | None = None
+
+
+class Steering:
+    """Named interventions, each row of a batch under its own; one vectorised edit per layer.
+
+    Args:
+        interventions: by name, the changes made together. The name ``""`` is no intervention and always known.
+
+    Call ``aim`` before each forward pass inside ``residual_hooks(model, steering.edits())``.
+    """
+
+    def __init__(self, interventions: Mapping[str, Sequence[Change]]) -> None:
+        self.index = {"": 0, **{name: i for i, name in enumerate(interventions, 1)}}
+        assert len(self.index) == len(interventions) + 1, "an intervention needs a name"
+        changes = [(self.index[name], change) for name, listed in interventions.items() for change in listed]
+        places = [(i, change.layer) for i, change in changes]
+        assert len(set(places)) == len(places), "an intervention has one change per layer"
+        self._tables = {layer: self._table(layer, changes) for layer in sorted({change.layer for _, change in changes})}
+        self._rows_B = torch.empty(0, dtype=torch.long)
+        self._starts_B: Tensor | None = None
+
+    def _table(self, layer: int, changes: Sequence[tuple[int, Change]]) -> dict[str, Tensor]:
+        """Rows by intervention: what to add, the unit vector to remove, and the gate (0 @ h < inf is always open)."""
+        ours = [(i, change) for i, change in changes if change.layer == layer]
+        vectors = [v for _, c in ours for v in (c.add_D, c.remove_D, c.gate.vector_D if c.gate else None) if v is not None]
+        assert vectors, f"a change at layer {layer} neither adds nor removes"
+        width = len(vectors[0])
+        add_ID, unit_ID, gate_ID = (torch.zeros(len(self.index), width) for _ in range(3))
+        below_I = torch.full((len(self.index),), math.inf)
+        for i, change in ours:
+            if change.add_D is not None:
+                add_ID[i] = change.add_D.float()
+            if change.remove_D is not None:
+                unit_ID[i] = change.remove_D.float() / change.remove_D.float().norm()
+            if change.gate is not None:
+                gate_ID[i], below_I[i] = change.gate.vector_D.float(), change.gate.below
+        return {"add": add_ID, "unit": unit_ID, "gate": gate_ID, "below": below_I}
+
+    def aim(self, names: Sequence[str], starts: Sequence[int] | None = None) -> None:
+        """Say which intervention each row of the next forward pass is under.
+
+        Args:
+            names: by row.
+            starts: by row, the first token that is changed; None: all tokens are (a step of cached generation).
+        """
+        self._rows_B = torch.tensor([self.index[name] for name in names])
+        self._starts_B = None if starts is None else torch.tensor(starts)
+
+    def edits(self) -> dict[int, Edit]:
+        """For ``residual_hooks``."""
+        return {layer: self._edit_of(layer) for layer in self._tables}
+
+    def _edit_of(self, layer: int) -> Edit:
+        def edit(hidden_BLD: Tensor) -> Tensor | None:
+            assert len(self._rows_B) == len(hidden_BLD), "aim() names the rows of each forward pass"
+            table = self._tables[layer]
+            if table["add"].device != hidden_BLD.device:
+                table = self._tables[layer] = {name: tensor.to(hidden_BLD.device) for name, tensor in table.items()}
+            rows_B = self._rows_B.to(hidden_BLD.device)
+            h_BLD = hidden_BLD.float()
+            add_B1D, unit_B1D, gate_B1D = (table[name][rows_B][:, None] for name in ("add", "unit", "gate"))
+            along_BL1 = (h_BLD * unit_B1D).sum(-1, keepdim=True)
+            open_BL1 = (h_BLD * gate_B1D).sum(-1, keepdim=True) < table["below"][rows_B][:, None, None]
+            if self._starts_B is not None:
+                tokens_L = torch.arange(hidden_BLD.shape[1], device=hidden_BLD.device)
+                open_BL1 = open_BL1 & (tokens_L >= self._starts_B.to(hidden_BLD.device)[:, None])[..., None]
+            changed_BLD = (h_BLD - along_BL1 * unit_B1D + add_B1D).to(hidden_BLD.dtype)
+            return torch.where(open_BL1, changed_BLD, hidden_BLD)
+
+        return edit
