@@ -44,7 +44,7 @@ def index_list(indices: Sequence[int]) -> str:
 
 def start_command(planned: Planned, code: Path, experiment_file: Path) -> list[str]:
     """The command that runs one generation of a job."""
-    return [sys.executable, "-u", str(code / snapshot.RUN_JOB), planned.job.name, str(experiment_file)]
+    return [sys.executable, "-u", str(code / snapshot.RUN_JOB), planned.job.name, str(experiment_file), *planned.overrides]
 
 
 def environment(code: Path, record: Path) -> dict[str, str]:

@@ -106,6 +106,19 @@ def report(experiment: str, seen: queue.Snapshot | None = None) -> Report:
     return Report(experiment, rows, seen.age_s, seen.error if by_slurm else None)
 
 
+def unfinished(experiment: str) -> dict[str, str]:
+    """In words, what each job that was begun or submitted and has not finished is doing."""
+    said: dict[str, list[str]] = defaultdict(list)
+    for row in report(experiment, queue.read(fresh=True)).rows:
+        if row.state in ("finished", "stale"):
+            continue
+        shard = "" if row.shard is None else f"shard {row.shard} of {row.shards} "
+        units = "" if row.done is None else f", {row.done} of {row.total if row.total is not None else '?'} {row.unit or 'unit'}s"
+        why = row.why.partition("; tribunal resume")[0]
+        said[row.job].append(f"{shard}{row.state}{units}{f' ({why})' if why else ''}")
+    return {job: "; ".join(words[:4]) + ("; ..." if len(words) > 4 else "") for job, words in said.items()}
+
+
 def _jobs(experiment: str, submitted: Mapping[str, Any]) -> list[str]:
     from tribunal.cluster.launch import job_kind
     from tribunal.core import registry
@@ -164,8 +177,16 @@ def _finished(experiment: str, job: str, receipt: Mapping[str, Any], most: int |
         if other is not None and other["digest"] != digest:
             stale.append(need)
     if stale:
-        row.state, row.why = "stale", f"the results of {', '.join(stale)} changed since; remove its results folder to make it anew"
+        cure = "run it again" if _reads_all(job) else "remove its results folder to make it anew"
+        row.state, row.why = "stale", f"the results of {', '.join(stale)} changed since; {cure}"
     return row
+
+
+def _reads_all(job: str) -> bool:
+    from tribunal.cluster.launch import job_kind
+    from tribunal.core import registry
+
+    return job in registry.names("jobs") and job_kind(job).reads_all
 
 
 def _fill(row: Row, starts: Sequence[Mapping[str, Any]], entry: Mapping[str, Any] | None) -> None:
