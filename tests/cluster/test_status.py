@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.project import Project
 from tribunal.cluster import live, queue, status
+from tribunal.cluster.resubmission import script_name
 
 NOW = time.time()
 
@@ -113,6 +115,16 @@ def test_a_heartbeat_shows_progress_without_slurm(run_folder):
     (lease / "epoch-000001.json").write_text(json.dumps({"released": False, "facts": facts}))
     row = one(run_folder, seen(error="no answer"))
     assert (row.state, row.done, row.rate, row.eta_s) == ("running", 5, 0.5, 8.0)
+
+
+def test_a_continuation_speaks_for_each_of_its_shards(run_folder):
+    submitted(run_folder, 4)
+    script = str(run_folder / script_name(range(2, 4), 4))
+    entry = queue.Entry("78", None, "78", "PENDING", "Priority", "2026-01-01T10:00:00", "big.count", script, "")
+    assert [(row.state, row.id) for row in status.report("big", seen(entry)).rows][2:] == [("waiting", "78")] * 2
+    assert set(live.tasks("big", seen(entry))["count"]) == {2, 3}
+    alone = replace(entry, script=str(run_folder / script_name(range(1), 1)))
+    assert set(live.tasks("big", seen(alone))["count"]) == {None}
 
 
 def test_an_array_line_of_squeue_speaks_of_each_of_its_tasks():

@@ -183,13 +183,18 @@ def test_more_tasks_than_an_array_may_have_are_split(cluster: Cluster) -> None:
     assert "#SBATCH --array=0-498" in text and '--shard "$((SLURM_ARRAY_TASK_ID + 1001))/1500"' in text
 
 
-def test_one_task_per_gpu_each_works_on_a_shard_of_its_own(cluster: Cluster) -> None:
-    file = cluster.write({"array": 2, "jobs": {"count": {"gpus": 2}}}, count={"units": 24, "seconds": 0.2})
+@pytest.mark.parametrize("extra", [[], ["--no-requeue"]], ids=["requeued", "requeue refused"])
+def test_one_task_per_gpu_each_works_on_a_shard_of_its_own(cluster: Cluster, extra: list[str]) -> None:
+    gate = cluster.root.parent / "gate"
+    held = {unit: str(gate) for unit in ("22", "23")}  # the last units of shards 2 and 3: the array's second element
+    file = cluster.write({"array": 2, "jobs": {"count": {"gpus": 2, "extra": extra}}}, count={"units": 24, "wait_for": held})
     cluster.tribunal("submit", file, "count")
-    cluster.interrupt("count", shard=1, units=6)
+    cluster.interrupt("count", shard=1, units=22)
+    until(lambda: [cluster.state("count", shard)["generation"] for shard in (2, 3)] == [2, 2], what="both of its shards go on")
+    gate.touch()
     cluster.whole("count")
     generations = cluster.receipt("count", cluster.name)["generations"]
-    assert {row["shard"] for row in generations} == {f"{index}-of-4" for index in range(4)}
+    assert sorted(row["shard"] for row in generations) == [f"{shard}-of-4" for shard in (0, 1, 2, 2, 3, 3)]
     assert {row["gpus"] for row in generations} == {2}
 
 

@@ -43,7 +43,7 @@ FINISHED, CONTINUE = 0, 75
 def main(job: str, argv: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m jobs.<job>``."""
     preemption.install()
-    parser = argparse.ArgumentParser(prog=f"python -m jobs.{job}")
+    parser = argparse.ArgumentParser(prog=f"python -m jobs.{job}", allow_abbrev=False)
     parser.add_argument("experiment", type=Path, help="the experiment file, e.g. experiments/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes on top of the file")
     parser.add_argument("--shard", metavar="I/N", help="work on shard I of N (0-based); in SLURM by default the array's task")

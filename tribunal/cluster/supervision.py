@@ -180,12 +180,15 @@ class _Supervisor:
             self._decided(row, "requeue", decision.why)  # a requeue ends this process within moments
             then, how, continuation = Continuation(self.job, self.start, self.command, until=until).go_on(facts)
             why = f"{decision.why}; {how}"
-        if then != "requeue" and not (decision.go_on and then == "nothing"):  # another process has decided
+        elsewhere = decision.go_on and then == "nothing"  # another task of the step resubmits
+        if then != "requeue" and not elsewhere:
             self._decided(row, then, why, continuation)
         resumable = decision.go_on or row["cause"] in budget.FINAL
         print(f"{self.job.name}: {why}", flush=True)
         if not resumable:
             print(f"error: {self.job.name} is not resubmitted: {why}", file=sys.stderr, flush=True)
+        if elsewhere:
+            return FINISHED  # anything but 0 here would have the step killed while that task asks
         return CONTINUE if resumable and (code == CONTINUE or self.leads) else 1
 
     def _settle(self, pid: int, status: int, code: int, facts: JobFacts | None) -> Row:
