@@ -67,7 +67,7 @@ def one(folder: Any, snapshot: queue.Snapshot | None = None) -> status.Row:
         ({"next": "nothing", "why": "failed: ValueError: bad layer (probe.py:7)", "cause": "failed"}, "failed", "ValueError: bad layer"),
         ({"next": "nothing", "why": "exhausted: 50 generations of at most 50"}, "exhausted", "50 generations of at most 50"),
         ({"next": "nothing", "why": "no progress: 2 generations in a row"}, "no progress", "2 generations in a row"),
-        ({"next": "nothing", "why": "cancelled", "cause": "cancelled"}, "cancelled", "tribunal resume goes on"),
+        ({"next": "nothing", "why": "cancelled", "cause": "cancelled"}, "cancelled", "to go on: tribunal resume big"),
         ({"next": "by hand", "why": "to go on: sbatch x.sbatch"}, "stopped", "to go on: sbatch x.sbatch"),
         ({"next": "requeue", "why": "time limit"}, "lost", "asked to be started again (requeue), but is not in the queue"),
     ],
@@ -102,8 +102,14 @@ def test_a_waiting_job_says_why(run_folder, reason, dependency, why):
 def test_a_killed_job_is_not_taken_for_a_running_one_and_unknown_is_not_gone(run_folder):
     submitted(run_folder, 1)
     ledger(run_folder, events("0-of-1", 1))
-    assert one(run_folder).state == "killed"
+    row = one(run_folder)
+    assert row.state == "killed" and "ended without a word on n1" in row.why and "; to go on: tribunal resume big (log: " in row.why
     assert one(run_folder, seen(error="no answer")).state == "unknown"
+
+
+def test_a_killed_job_that_was_submitted_by_hand_goes_on_by_hand(run_folder):
+    ledger(run_folder, events("0-of-1", 1))
+    assert one(run_folder).why.endswith("to go on: the same sbatch again")
 
 
 def test_a_heartbeat_shows_progress_without_slurm(run_folder):
@@ -115,6 +121,8 @@ def test_a_heartbeat_shows_progress_without_slurm(run_folder):
     (lease / "epoch-000001.json").write_text(json.dumps({"released": False, "facts": facts}))
     row = one(run_folder, seen(error="no answer"))
     assert (row.state, row.done, row.rate, row.eta_s) == ("running", 5, 0.5, 8.0)
+    assert one(run_folder).state == "running", "the heartbeat is younger than SLURM's answer"
+    assert one(run_folder, replace(seen(), age_s=-1.0)).state == "killed", "SLURM has been asked since, and knows of no such job"
 
 
 def test_a_continuation_speaks_for_each_of_its_shards(run_folder):

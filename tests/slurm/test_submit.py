@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from typing import Any
 import pytest
 
 from tests.project import Project, until
+from tests.slurm.test_deaths import parent_of
+from tribunal.cluster.ledger import Ledger
 
 SLURM: dict[str, Any] = {"signal_lead_s": 15, "time": "0:10:00", "mem_gb": 1, "cpus": 1}
 
@@ -237,6 +241,28 @@ def test_status_asks_squeue_once_in_30_seconds_and_answers_when_slurm_does_not(c
     assert "running" in running and "1/2 numbers" in running
     gate.touch()
     cluster.whole("count", "double")
+
+
+def test_a_task_killed_with_its_parent_stays_down_and_status_gives_the_command_that_goes_on(cluster: Cluster) -> None:
+    gate = cluster.root.parent / "gate"
+    cluster.tribunal("submit", cluster.write(count={"units": 8, "wait_for": {"4": str(gate)}}), "count")
+    until(lambda: cluster.units("count") == 4, what="four units")
+    ledger = Ledger(cluster.root / "checkpoints" / cluster.name / "count" / "generations.jsonl")
+    (row,) = ledger.generations()
+    for pid in (parent_of(row["pid"]), row["pid"]):
+        with contextlib.suppress(ProcessLookupError):  # the work dies with its parent
+            os.kill(pid, signal.SIGKILL)
+    cluster.gone()
+    assert "JobState=FAILED" in cluster.call("scontrol", "show", "job", row["job"])
+    for path in (cluster.root.parent / "cache" / "tribunal").glob("*.json"):
+        path.unlink()
+    state = cluster.state("count")
+    assert state["state"] == "killed", state
+    command = re.search(r"to go on: tribunal (\w+ \w+)", state["why"])
+    assert command, state["why"]
+    gate.touch()
+    assert "count" in cluster.tribunal(*command[1].split()).stdout
+    cluster.whole("count")
 
 
 def test_a_held_job_is_explained_with_the_command_that_releases_it(cluster: Cluster) -> None:
