@@ -21,6 +21,7 @@ from tests.project import Project, until
 from tests.slurm.test_deaths import parent_of
 from tribunal.cluster.ledger import Ledger
 
+AT_ONCE = ("count.seconds=0", "count.wait_for={}", "double.seconds=0", "steps.seconds=0")
 SLURM: dict[str, Any] = {"signal_lead_s": 15, "time": "0:10:00", "mem_gb": 1, "cpus": 1}
 
 
@@ -70,7 +71,7 @@ class Cluster(Project):
         for file in self.folder.glob(f"{self.name}.yaml"):
             (plain.folder / file.name).write_text(file.read_text())
         for job in jobs:
-            plain.tribunal("run", job, f"{self.name}.yaml", "count.seconds=0", "count.wait_for={}", "double.seconds=0")
+            plain.tribunal("run", job, f"{self.name}.yaml", *AT_ONCE)
             mine, undisturbed = self.receipt(job, self.name), plain.receipt(job, self.name)
             assert mine["digest"] == undisturbed["digest"], job
             assert mine["totals"]["units"] == undisturbed["totals"]["units"], f"{job}: units lost or done twice"
@@ -92,8 +93,9 @@ class Background:
 
     def __init__(self, folder: Path, conf: str) -> None:
         self.limited = Cluster(folder / "limited", conf)
-        file = self.limited.write({"time": "0:02:00", "signal_lead_s": 30}, count={"units": 480, "seconds": 0.5})
-        self.limited.tribunal("submit", file, "count")
+        limit = {"time": "0:02:00", "signal_lead_s": 30, "jobs": {"steps": {"mem_gb": 2}}}
+        file = self.limited.write(limit, count={"units": 480, "seconds": 0.5}, steps={"steps": 240, "seconds": 0.8})
+        self.limited.tribunal("submit", file, "count", "steps")
         site = Project(folder / "site", {"SLURM_CONF": conf})
         self.profile = site.folder / ".tribunal-site.json"
         command = [
@@ -296,13 +298,15 @@ def test_doctor_measures_the_site_and_writes_what_submit_uses(background: Backgr
     assert profile["route"] == "requeue" and profile["signal_lead_s"] >= 300 and profile["measured_lead_s"] > 30
 
 
-def test_a_real_time_limit_over_three_generations_and_more_through_submitit(background: Background) -> None:
+def test_an_item_job_and_a_trainer_run_through_several_real_time_limits_through_submitit(background: Background) -> None:
     cluster = background.limited
-    until(lambda: cluster.done("count"), seconds=600, what="the end over several time limits")
-    receipt = cluster.receipt("count", cluster.name)
-    assert len(receipt["generations"]) >= 3
-    assert {row["cause"] for row in receipt["generations"][:-1]} <= {"time limit", "deadline"}
-    cluster.whole("count")
+    for job in ("count", "steps"):
+        until(lambda job=job: cluster.done(job), seconds=600, what=f"the end of {job} over several time limits")
+        receipt = cluster.receipt(job, cluster.name)
+        assert len(receipt["generations"]) >= 3
+        assert {row["cause"] for row in receipt["generations"][:-1]} <= {"time limit", "deadline"}
+        assert len({row["job"] for row in receipt["generations"]}) == 1
+    cluster.whole("count", "steps")
 
 
 def test_a_site_without_requeue_or_clients_in_jobs_gets_a_chain_queued_in_advance(cluster: Cluster) -> None:
