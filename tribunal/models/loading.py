@@ -24,6 +24,8 @@ from transformers.utils import logging as hf_logging
 from tribunal.core.config import ModelConfig
 from tribunal.core.errors import ModelError
 from tribunal.models.describe import BUILTIN, ModelShape, Source, describe, hf_config, one_line
+from tribunal.models.describe import describe_model as describe_model  # for whoever has this module loaded already
+from tribunal.models.describe import load_format as load_format
 from tribunal.models.formats import PromptFormat
 
 log = logging.getLogger(__name__)
