@@ -168,6 +168,7 @@ def test_10000_array_tasks_are_told_in_about_a_second_from_few_files(run_folder)
             (lease / "epoch-000001.json").write_text(json.dumps({"released": False, "facts": facts}))
     ledger(run_folder, lines)
     queued = [pending("BeginTime", str(index)) for index in range(1, shards, 3)]
+    queued += [replace(pending("None", str(index)), state="RUNNING") for index in range(2, 900, 3)]
     queued.append(pending("Priority", ",".join(str(index) for index in range(902, shards, 3)) + "%256"))
     began = time.process_time()
     report = status.report("big", seen(*queued))

@@ -6,6 +6,7 @@ answer of squeue, so it still answers when SLURM has forgotten a job or is away.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -246,10 +247,12 @@ def _running(row: Row, lease: Path, task: live.Task | None, told: float | None) 
     if newest is None:
         return False
     try:
-        holder, age_s = read_json(newest), time.time() - newest.stat().st_mtime
+        holder, beat = read_json(newest), newest.stat()
     except (UserError, OSError):
         return task is not None and task.state == "RUNNING"  # replaced while we looked
-    gone = task is None and told is not None and time.time() - age_s < told  # asked since the last heartbeat, SLURM did not name it
+    age_s = time.time() - beat.st_mtime
+    # asked since the last heartbeat, SLURM did not name it; it was asked for this user's jobs alone
+    gone = task is None and told is not None and beat.st_mtime < told and beat.st_uid == os.getuid()
     if holder.get("released") or gone or (age_s > STILL_S and (task is None or task.state != "RUNNING")):
         return False
     facts = holder.get("facts", {})
