@@ -55,7 +55,7 @@ class LabelSentences(Job[Config]):
     resources = SlurmJob(time="4:00:00", nodes=1, gpus=1, cpus=8, mem_gb=64)
 
     def check(self) -> None:
-        from tribunal.models.loading import describe_model
+        from tribunal.models.describe import describe_model
 
         n_layers = describe_model(self.experiment.model).n_layers
         if self.config.lens_layer is not None and self.config.lens_layer >= n_layers:

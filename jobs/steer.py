@@ -79,7 +79,7 @@ class Steer(Job[Config]):
     shards = True
 
     def check(self) -> None:
-        from tribunal.models.loading import describe_model
+        from tribunal.models.describe import describe_model
 
         n_layers = describe_model(self.experiment.model).n_layers
         for layer in (self.config.layer, *self.config.upstream_layers):

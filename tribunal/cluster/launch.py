@@ -43,7 +43,7 @@ FINISHED, CONTINUE = 0, 75
 def main(job: str, argv: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m jobs.<job>``."""
     preemption.install()
-    parser = argparse.ArgumentParser(prog=f"python -m jobs.{job}")
+    parser = argparse.ArgumentParser(prog=f"python -m jobs.{job}", allow_abbrev=False)
     parser.add_argument("experiment", type=Path, help="the experiment file, e.g. experiments/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes on top of the file")
     parser.add_argument("--shard", metavar="I/N", help="work on shard I of N (0-based); in SLURM by default the array's task")
@@ -180,7 +180,7 @@ def run(job: Job[Any], *, stop: StopSignal | None = None, quiet: bool = False, m
         if meeting is not None:
             meeting.open(job.epoch)
         _say(f"{job.name}: {'resuming' if resumed else 'starting'}", quiet)
-        if not _marker(job, job.shard.index).exists() and not _generation(job, ledger, stop, display, lease, quiet):
+        if not _marker(job, job.shard.index).exists() and not _generation(job, ledger, stop, display, lease, quiet, meeting):
             if lease.held():
                 return CONTINUE
             raise LeaseHeld(lost)
@@ -201,7 +201,9 @@ def run(job: Job[Any], *, stop: StopSignal | None = None, quiet: bool = False, m
     return FINISHED
 
 
-def _generation(job: Job[Any], ledger: Ledger, stop: StopSignal, display: ProgressDisplay, lease: Lease, quiet: bool) -> bool:
+def _generation(
+    job: Job[Any], ledger: Ledger, stop: StopSignal, display: ProgressDisplay, lease: Lease, quiet: bool, meeting: Meeting | None
+) -> bool:
     """Run this shard's work until it is complete (True, its marker written) or stopped with everything durable (False)."""
     ledger.start(str(job.shard), job.epoch, launched=job.launched)
     began, saved = time.monotonic(), saving.seconds
@@ -214,6 +216,8 @@ def _generation(job: Job[Any], ledger: Ledger, stop: StopSignal, display: Progre
         ledger.work(str(job.shard), job.epoch, done=before.done, total=before.total, unit=before.unit)
         with display.watching(work):
             finished = work.run(stop)
+        if meeting is not None:
+            meeting.leave_together()
         now = work.progress()
         units = now.done - before.done
         cause = "finished" if finished else (stop.cause or "stopped")
@@ -254,7 +258,9 @@ def run_rank(job: Job[Any], meeting: Meeting) -> int:
     job.epoch = meeting.join()
     stop = own_stop(job)
     try:
-        return FINISHED if job.build().run(stop) else CONTINUE
+        finished = job.build().run(stop)
+        meeting.leave_together()
+        return FINISHED if finished else CONTINUE
     finally:
         job.close()
 

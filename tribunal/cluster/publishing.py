@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -177,6 +178,10 @@ def _commit() -> str | None:
 
 def clear_state(job: Job[Any]) -> None:
     """Remove the state of a published job, and the experiment's folder when it is the last."""
-    shutil.rmtree(job.state, ignore_errors=True)
+    for _ in range(50):
+        shutil.rmtree(job.state, ignore_errors=True)
+        if not job.state.exists():
+            break
+        time.sleep(0.1)  # another task of the step is writing its last note there
     with suppress(OSError):
         job.state.parent.rmdir()

@@ -6,6 +6,7 @@ answer of squeue, so it still answers when SLURM has forgotten a job or is away.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -158,7 +159,7 @@ def _job_rows(
             row.state, row.why = "complete", "its units are all there; the job waits for its other shards" if shards > 1 else ""
             row.rate = row.eta_s = None
         else:
-            _judge(row, state / "leases" / name, starts.get(name, []), task, entry, seen)
+            _judge(experiment, row, state / "leases" / name, starts.get(name, []), task, entry, seen)
         rows.append(row)
     return rows
 
@@ -209,6 +210,7 @@ def _fill(row: Row, starts: Sequence[Mapping[str, Any]], entry: Mapping[str, Any
 
 
 def _judge(
+    experiment: str,
     row: Row,
     lease: Path,
     starts: Sequence[Mapping[str, Any]],
@@ -218,7 +220,8 @@ def _judge(
 ) -> None:
     """State and reason of a shard that is not complete."""
     last = starts[-1] if starts else None
-    if last is not None and last["ended"] is None and _running(row, lease, task):
+    told = None if last is None or last["job"] is None else time.time() - seen.age_s
+    if last is not None and last["ended"] is None and _running(row, lease, task, told):
         row.state, row.id = "running", task.id if task else None
         return
     if task is not None:
@@ -226,7 +229,8 @@ def _judge(
         row.state = "waiting" if task.state == "PENDING" else "starting" if task.state == "RUNNING" else task.state.lower()
         return
     row.log = _log(row, last, entry)
-    again = f"; tribunal resume goes on (log: {row.log})" if row.log else "; tribunal resume goes on"
+    command = f"tribunal resume {experiment}" if entry else "the same sbatch again"
+    again = f"; to go on: {command}" + (f" (log: {row.log})" if row.log else "")
     by_slurm = last["job"] is not None if last is not None else entry is None or entry["cluster"] == "slurm"
     open_end = last is None or last["ended"] is None or last["next"] in ("requeue", "sbatch", "local")
     if last is None and entry is not None and entry["cancelled"]:
@@ -240,7 +244,7 @@ def _judge(
         else:
             row.state, row.why = "not started", f"{gone}{again}"
     elif last["ended"] is None:
-        row.state, row.why = "killed", f"ended without a word on {last['host']} (SIGKILL, out of memory, node lost?){again}"
+        row.state, row.why = "killed", f"ended without a word on {last['host']} (all of it killed: out of memory, node lost?){again}"
     elif last["next"] in ("requeue", "sbatch", "local"):
         if time.time() - last["ended"] < SETTLE_S:
             row.state, row.why = "waiting", "has just asked to be started again"
@@ -254,16 +258,23 @@ def _judge(
         row.why = why.removeprefix(f"{row.state}: ") + again
 
 
-def _running(row: Row, lease: Path, task: live.Task | None) -> bool:
-    """Whether the shard's process gives signs of life; takes its own word on how far it is."""
+def _running(row: Row, lease: Path, task: live.Task | None, told: float | None) -> bool:
+    """Whether the shard's process gives signs of life; takes its own word on how far it is.
+
+    Args:
+        told: when SLURM last said what runs (seconds since the epoch); None for a process that it knows nothing of.
+    """
     newest = max(lease.glob("epoch-*.json"), default=None)
     if newest is None:
         return False
     try:
-        holder, age_s = read_json(newest), time.time() - newest.stat().st_mtime
+        holder, beat = read_json(newest), newest.stat()
     except (UserError, OSError):
         return task is not None and task.state == "RUNNING"  # replaced while we looked
-    if holder.get("released") or (age_s > STILL_S and (task is None or task.state != "RUNNING")):
+    age_s = time.time() - beat.st_mtime
+    # asked since the last heartbeat, SLURM did not name it; it was asked for this user's jobs alone
+    gone = task is None and told is not None and beat.st_mtime < told and beat.st_uid == os.getuid()
+    if holder.get("released") or gone or (age_s > STILL_S and (task is None or task.state != "RUNNING")):
         return False
     facts = holder.get("facts", {})
     if facts.get("done") is not None:

@@ -21,7 +21,7 @@ from tribunal.core import receipts
 from tribunal.core.errors import InputMissing
 from tribunal.core.storage import make_folder, read_json, write_json
 
-CONTINUE = 75
+FINISHED, CONTINUE = 0, 75
 FIRST_DELAY_S, LONGEST_DELAY_S = 15, 600
 MAX_WAITS = 200
 
@@ -56,7 +56,7 @@ def wait_for_inputs(job: Job[Any], start: Start, command: Sequence[str]) -> int 
         facts = None
     outcome = Continuation(job, start, command, until=time.time() + 30).go_on(facts, delay_s=delay)
     print(f"{job.name}: {outcome.why}", flush=True)
-    return CONTINUE
+    return CONTINUE if outcome.next != "nothing" else FINISHED  # anything but 0 would have the step killed while another task asks
 
 
 def given_up(job: Job[Any], needed: str) -> str | None:

@@ -11,16 +11,18 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from tribunal.core.errors import DataError
 from tribunal.core.receipts import read_receipt
 from tribunal.core.records import VERDICTS, Problem, Trace, Verdict
 from tribunal.models.draws import order_key
-from tribunal.models.formats import PromptFormat
-from tribunal.models.generation import Finished, score
-from tribunal.models.loading import LoadedModel
 from tribunal.traces.imports import ImportedTrace
+
+if TYPE_CHECKING:  # an experiment is checked against its plan without torch
+    from tribunal.models.formats import PromptFormat
+    from tribunal.models.generation import Finished
+    from tribunal.models.loading import LoadedModel
 
 Json = dict[str, Any]
 
@@ -155,6 +157,8 @@ def import_trace(attempt: Attempt, row: ImportedTrace, loaded: LoadedModel, *, s
     Raises:
         DataError: token ids that the model does not have, or too many of them.
     """
+    from tribunal.models.generation import Finished, score
+
     prompt_ids = loaded.format.prompt_ids(attempt.problem)
     if row.completion_ids is not None:
         ids = list(row.completion_ids)

@@ -8,7 +8,8 @@ from tribunal.core.config import ModelConfig
 from tribunal.core.records import Problem, Trace, TraceLabel
 from tribunal.core.work import Checkpoints, Json, Stop
 from tribunal.models.judge import Judge, JudgeSettings, open_judge
-from tribunal.models.loading import LoadedModel, load_format, load_model
+from tribunal.models.describe import load_format
+from tribunal.models.loading import LoadedModel, load_model
 from tribunal.models.suppression import Suppression
 from tribunal.traces.importance import AnswerTracker, Rollouts, by_suppression
 from tribunal.traces.sentence_classes import by_judge, by_rules
