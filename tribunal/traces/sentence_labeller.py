@@ -7,8 +7,8 @@ from typing import Any, Literal
 from tribunal.core.config import ModelConfig
 from tribunal.core.records import Problem, Trace, TraceLabel
 from tribunal.core.work import Checkpoints, Json, Stop
-from tribunal.models.judge import Judge, JudgeSettings, open_judge
 from tribunal.models.describe import load_format
+from tribunal.models.judge import Judge, JudgeSettings, open_judge
 from tribunal.models.loading import LoadedModel, load_model
 from tribunal.models.suppression import Suppression
 from tribunal.traces.importance import AnswerTracker, Rollouts, by_suppression
