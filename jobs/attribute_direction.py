@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from tribunal.cluster.job import Job
+from tribunal.core import receipts
 from tribunal.core.config import Section
 from tribunal.core.work import OverItems, Work
 
@@ -51,6 +52,7 @@ class AttributeDirection(Job[Config]):
             held_out=read_held_out(self.results_of("train_probes")),
             settings=Settings(**self.config.model_dump(exclude={"bootstrap"})),
             seed=self.experiment.seed,
+            rows_per_trace=receipts.require(self.results_of("train_probes"), self.name)["config"]["train_probes"]["rows_per_trace"],
         )
 
     def build(self) -> Work:
@@ -68,17 +70,14 @@ class AttributeDirection(Job[Config]):
             checkpoints=self.checkpoints("wave"),
         )
         plan = self.material.plan()
-        return OverItems(plan, keys=lambda item: item.keys, process=attribution.process, journal=self.journal, unit="reading or answer")
+        return OverItems(plan, keys=lambda item: item.keys, process=attribution.process, journal=self.journal, unit="reading")
 
     def publish(self, out: Path) -> None:
-        from tribunal.models.components import Components
-        from tribunal.models.loading import load_model
-        from tribunal.probes.attribution import gather
+        from tribunal.probes.attribution import components_of, gather
         from tribunal.probes.attribution_report import Findings
 
-        place = self.material.held_out.place
-        components = Components(load_model(self.experiment.model).model, place.layer).all
         gathered = gather(self.material, self.journal, self.parts)
+        components = components_of(self.material, self.journal)
         findings = Findings(self.material, gathered, components, self.journal, bootstrap=self.config.bootstrap)
         findings.publish(out, experiment=self.experiment.name, planted=self.experiment.model.name.startswith("builtin:"))
 
