@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 
-from tribunal.cluster.ranks import Meeting
+from tribunal.cluster.ranks import Meeting, local_rank
 from tribunal.cluster.slurm import Start
 
 
@@ -40,3 +40,10 @@ def test_a_rank_does_not_wait_where_the_results_are_published_and_the_state_is_g
     shutil.rmtree(tmp_path / "state")
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_a_task_that_sees_one_gpu_uses_it_whatever_its_number_on_the_node():
+    assert local_rank({"SLURM_LOCALID": "3", "CUDA_VISIBLE_DEVICES": "3"}) == "0"
+    assert local_rank({"SLURM_LOCALID": "3", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}) == "3"
+    assert local_rank({"SLURM_LOCALID": "1"}) == "1"
+    assert local_rank({}) == "0"

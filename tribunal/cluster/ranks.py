@@ -117,10 +117,16 @@ def _set_rank(start: Start, facts: Mapping[str, Any]) -> None:
     os.environ.update(
         RANK=str(start.rank),
         WORLD_SIZE=str(start.ranks),
-        LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0"),
+        LOCAL_RANK=local_rank(os.environ),
         MASTER_ADDR=str(facts["address"]),
         MASTER_PORT=str(facts["port"]),
     )
+
+
+def local_rank(env: Mapping[str, str]) -> str:
+    """Number of this rank's device among those it sees: 0 where SLURM shows each task its own GPU alone (``--gpus-per-task``)."""
+    sees = [device for device in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    return "0" if len(sees) == 1 else env.get("SLURM_LOCALID", "0")
 
 
 def _address() -> str:
