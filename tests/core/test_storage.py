@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,45 @@ def test_a_flipped_bit_costs_at_most_the_units_it_hit_and_never_changes_one(tmp_
     left = dict(Journal(folder).items())
     assert len(left) >= 4  # a flipped newline joins two lines
     assert all(records[key] == value for key, value in left.items())
+
+
+def test_appends_are_made_durable_together_once_a_second_and_on_demand(tmp_path, monkeypatch):
+    now, synced = [100.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (synced.append(now[0]), real(handle)))
+    journal = Journal(tmp_path, "0-of-1.1")
+    journal.append({"first": {}})
+    synced.clear()
+    for unit in range(20):
+        now[0] += 0.125
+        journal.append({str(unit): {}})
+    assert synced == [101.0, 102.0]
+    journal.sync()
+    journal.sync()
+    assert synced == [101.0, 102.0, 102.5], "and no fsync where nothing is new"
+    now[0] += 600
+    journal.append({"long": {}})
+    assert synced[3:] == [702.5], "a unit that took longer is durable at once"
+
+
+def test_units_that_the_disk_did_not_take_do_not_count(tmp_path, monkeypatch):
+    journal = Journal(tmp_path, "0-of-1.1")
+    journal.append({"a": {}})
+    journal.append({"b": {}})
+    real = os.fsync
+
+    def fail_once(handle):
+        monkeypatch.setattr(os, "fsync", real)
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    with pytest.raises(StorageError, match="Disk quota exceeded"):
+        journal.sync()
+    assert list(journal) == ["a"]
+    journal.append({"c": {}})
+    journal.sync()
+    assert set(Journal(tmp_path)) == {"a", "c"}
 
 
 def test_units_of_all_writers_are_seen_and_the_later_epoch_wins(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from jobs.generate_traces import Config, GenerateTraces
+from tests.power import CutAfter, Disk, PowerCut
 from tests.resume import StopAfter, assert_resume_is_exact, undisturbed
 from tests.tiny_models import tiny_folder
 from tribunal.cluster.job import Shard
@@ -117,6 +118,26 @@ def test_a_kill_without_saved_state_ends_with_the_same_bytes(root, monkeypatch):
     assert run(resumed, quiet=True) == FINISHED
     again = json.loads((resumed.results / "receipt.json").read_text())
     assert again["digest"] == receipt["digest"]
+
+
+@pytest.mark.parametrize("generations", [1, 2])
+def test_a_power_cut_loses_no_trace_that_a_saved_state_skips(root, monkeypatch, generations):
+    """With two, the first is only killed, and the second's states skip traces that the first had not made durable."""
+    receipt, looks = undisturbed(job)
+    at_risk = 0
+    for point in range(15, looks - 24, 30):
+        monkeypatch.setenv("TRIBUNAL_ROOT", str(root / str(point)))
+        with pytest.MonkeyPatch.context() as patch:
+            disk = Disk(patch)
+            for last in (point, 22)[:generations]:
+                with pytest.raises(PowerCut):
+                    run(job(), stop=CutAfter(last, disk), quiet=True)
+                at_risk += disk.not_durable(job().state / "journal")
+            disk.cut(job().state / "journal")
+        finish(job())
+        again = read_receipt(job().results)
+        assert again is not None and again["digest"] == receipt["digest"], f"cut after {point} of {looks} looks"
+    assert at_risk > 0, "everything was always durable: nothing was tried"
 
 
 @pytest.mark.parametrize("targets", [{}, {"target_correct": 4, "target_incorrect": 2}])

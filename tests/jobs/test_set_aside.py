@@ -11,6 +11,7 @@ from tribunal.cluster.launch import FINISHED, make_job, run
 from tribunal.cluster.ledger import Ledger
 from tribunal.core.config import load_experiment
 from tribunal.core.receipts import read_receipt
+from tribunal.core.storage import Journal
 
 EXPERIMENT = """
 name: poisoned
@@ -42,6 +43,25 @@ def finish(experiment, name: str, poison: list[str]) -> dict:
     receipt = read_receipt(job.results)
     assert receipt is not None
     return receipt
+
+
+def test_the_note_of_what_was_being_worked_on_leaves_out_what_is_recorded(experiment, monkeypatch):
+    job = make_job("generate_traces", experiment)
+    append, seen = Journal.append, []
+
+    def fail_after_a_few(journal, records):
+        append(journal, records)
+        seen.extend(records)
+        if len(seen) > 5:
+            raise RuntimeError("device lost")
+
+    monkeypatch.setattr(Journal, "append", fail_after_a_few)
+    with pytest.raises(RuntimeError):
+        run(job, quiet=True)
+    row = Ledger(job.state / "generations.jsonl").generations()[-1]
+    wave = json.loads(job.attempts.read_text())["keys"]
+    assert row["in_flight"] and set(row["in_flight"]) == set(wave) - set(seen) < set(wave)
+    assert make_job("generate_traces", experiment).in_flight(row["epoch"]) == row["in_flight"], "its parent finds the same"
 
 
 def lines(path: Path) -> list[dict]:

@@ -33,7 +33,8 @@ class CheckpointStore:
             of an earlier generation cannot be mistaken for the newest.
         keep: how many complete checkpoints stay.
         counts: whether a checkpoint's folder, by name, is one to look at.
-        before_save: makes durable what the checkpoint leads beyond (rows of metrics).
+        settle: makes durable what a state stands on (recorded units that it skips, rows of metrics); called before a state
+            is published, and before the last one is removed.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class CheckpointStore:
         epoch: int = 0,
         keep: int = 2,
         counts: Callable[[str], bool] = lambda _: True,
-        before_save: Callable[[], None] = lambda: None,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         assert keep >= 1
         self.root = root
@@ -52,7 +53,7 @@ class CheckpointStore:
         self.epoch = epoch
         self.keep = keep
         self.counts = counts
-        self.before_save = before_save
+        self.settle = settle
 
     def save(self, write: Callable[[Path], None], meta: Json | None = None) -> Checkpoint:
         """Call ``write(folder)`` on an empty temporary folder and publish it as the newest checkpoint.
@@ -64,7 +65,7 @@ class CheckpointStore:
             StorageError: writing failed; earlier checkpoints are untouched.
         """
         make_folder(self.root)
-        self.before_save()
+        self.settle()
         sequence = max((number for _, number, _ in self._folders()), default=0) + 1
         final = self.root / f"{self.epoch:06d}-{sequence:08d}"
         temporary = self.root / f"tmp-{final.name}-{os.getpid()}"
@@ -96,6 +97,9 @@ class CheckpointStore:
 
     def clear(self) -> None:
         """Remove every checkpoint."""
+        if not self.root.exists():
+            return
+        self.settle()
         with storage_errors(self.root, "remove"), contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.root)
 

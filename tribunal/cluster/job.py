@@ -22,6 +22,8 @@ from tribunal.core.work import Json, Work
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 ItemT = TypeVar("ItemT")
+MAX_IN_FLIGHT = 1000
+"""Units named where a process is found dead; a larger item is named by its first ones."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Metrics:
         self.journal = journal
 
     def row(self, *, step: int, **numbers: float) -> None:
-        # durable with the checkpoint that it leads to: rows after the last one are replayed
-        self.journal.append({f"{step:09d}": {"step": step, **numbers}}, sync=False)
+        # durable before the checkpoint that it leads to: rows after the last one are replayed
+        self.journal.append({f"{step:09d}": {"step": step, **numbers}})
 
     def rows(self, up_to: int | None = None) -> list[Json]:
         """Rows in order of their steps, those after ``up_to`` left out."""
@@ -140,10 +142,13 @@ class Job(Generic[ConfigT]):
         return folder
 
     def checkpoints(self, name: str, keep: int = 2) -> CheckpointStore:
-        """Durable state of an unfinished unit, by name; one writer each (include the shard where that matters)."""
+        """Durable state of an unfinished unit, by name; one writer each (include the shard where that matters).
+
+        Units and rows that were recorded before a state is saved are durable before it counts.
+        """
         counts = self.fences.checkpoints(f"states/{name}", str(self.shard))
         return CheckpointStore(
-            self.state / "states" / name, owner=self.owner, epoch=self.epoch, keep=keep, counts=counts, before_save=self._sync_metrics
+            self.state / "states" / name, owner=self.owner, epoch=self.epoch, keep=keep, counts=counts, settle=self._sync_journals
         )
 
     def results_of(self, job: str) -> Path:
@@ -195,7 +200,10 @@ class Job(Generic[ConfigT]):
             note = json.loads(self.attempts.read_text())
         except ValueError:
             return []  # killed within its one write
-        return list(note["keys"]) if note["writer"] == f"{self.shard}.{epoch}" else []
+        if note["writer"] != f"{self.shard}.{epoch}":
+            return []
+        recorded = self._journals.get("journal") or Journal(self.state / "journal", limit=self.fences.journal("journal"))
+        return [key for key in note["keys"] if key not in recorded][:MAX_IN_FLIGHT]
 
     def progressed_in(self, epoch: int) -> bool:
         """Whether this shard's generation of that epoch made anything durable."""
@@ -211,9 +219,9 @@ class Job(Generic[ConfigT]):
             journal.close()
         self._journals.clear()
 
-    def _sync_metrics(self) -> None:
-        if "metrics" in self._journals:
-            self._journals["metrics"].sync()
+    def _sync_journals(self) -> None:
+        for journal in self._journals.values():
+            journal.sync()
 
     def _input_digest(self, job: str) -> str | None:
         receipt = receipts.read_receipt(root() / "results" / self.experiment.name / job)

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -26,8 +27,8 @@ from tribunal.core.errors import CorruptError, DataError, StorageError
 log = logging.getLogger(__name__)
 RecordT = TypeVar("RecordT", bound=BaseModel)
 Json = dict[str, Any]
-MAX_ATTEMPTS = 1000
-"""Keys named in the note of what is being worked on; a larger item is named by its first ones."""
+SYNC_EVERY_S = 1.0
+"""A journal is fsynced with the first unit that is appended so long after the last time: an fsync takes as long as a short trace."""
 
 
 def canonical_json(value: Any) -> str:
@@ -194,18 +195,25 @@ def link_or_copy(source: Path, target: Path) -> None:
 class Journal:
     """Finished units by key: an append-only log in a folder, one file per writer (shard and epoch).
 
-    A line is ``crc32 {"key": ..., "record": ...}``. ``append`` returns when the lines are on the disk. Opening reads
-    every writer's file, so a shard sees the units of all shards and of earlier generations; a torn last line
+    A line is ``crc32 {"key": ..., "record": ...}``. ``append`` returns when the operating system has the lines, so a
+    kill of the process costs none of them. They are on the disk after the next fsync: that of the first append
+    ``sync_every_s`` after the last one, or of ``sync``. A lost node or a power cut therefore costs at most that much
+    work. Whatever stands on appended units (a state that skips them, a marker that says that all are there) is
+    preceded by ``sync``.
+
+    Opening reads every writer's file, so a shard sees the units of all shards and of earlier generations, and makes
+    those of earlier epochs of the same shard durable, since what this generation writes stands on them. A torn last line
     (the writer was killed) is ignored, a damaged line elsewhere is named in the log and its unit counts as
     not done. Where two writers wrote the same unit, the later epoch's is taken. Records stay on the disk: only
     their places are held.
 
     Args:
-        folder: the journal's folder, created if need be.
+        folder: the journal's folder; a writer creates it.
         writer: this writer's name, ``<shard>.<epoch>``; None opens it for reading only.
         attempts: file that ``attempting`` overwrites; None for no such note.
         set_aside: units that are not to be tried again.
         limit: bytes of a writer's file that count, by the file's name; None for all of it.
+        sync_every_s: see above; 0 makes every append durable before it returns.
     """
 
     def __init__(
@@ -216,18 +224,27 @@ class Journal:
         attempts: Path | None = None,
         set_aside: frozenset[str] = frozenset(),
         limit: Callable[[str], int | None] = lambda _: None,
+        sync_every_s: float = SYNC_EVERY_S,
     ) -> None:
-        self.folder = make_folder(folder)
+        self.folder = folder if writer is None else make_folder(folder)
         self.path = folder / f"{writer}.jsonl" if writer else None
         self.attempts = attempts
         self.set_aside = set_aside
         self.limit = limit
+        self.sync_every_s = sync_every_s
         self._attempts_handle: int | None = None
         self._attempts_width = 0
         self._handle: int | None = None
         self._places: dict[str, tuple[int, str, Path, int, int]] = {}  # key -> epoch, writer, file, offset, length
         self._read_to: dict[Path, int] = {}
+        self._durable = 0  # bytes of our own file
+        self._synced_at = -math.inf
         self.refresh()
+        if writer is not None:
+            with saving.timed(), storage_errors(self.folder):
+                for path in self._read_to:
+                    if path.stem.rpartition(".")[0] == writer.rpartition(".")[0]:
+                        fsync_file(path)
 
     def __contains__(self, key: str) -> bool:
         return key in self._places
@@ -257,13 +274,11 @@ class Journal:
             for path in sorted(self.folder.glob("*.jsonl")):
                 self._scan(path)
 
-    def append(self, records: Mapping[str, Json], *, sync: bool = True) -> None:
-        """Make these units durable: written and fsynced together.
+    def append(self, records: Mapping[str, Json]) -> None:
+        """Record these units: written now, durable at most ``sync_every_s`` of work later.
 
-        Args:
-            sync: False leaves the fsync to ``sync()``, for rows that count only together with a later checkpoint.
         Raises:
-            StorageError: the write failed; units appended earlier are intact and these count as not done.
+            StorageError: the write failed; units that were durable are intact, and these count as not done.
         """
         assert self.path is not None, "this journal was opened for reading"
         lines = [(key, _line(key, record)) for key, record in records.items()]
@@ -274,30 +289,46 @@ class Journal:
             start = os.lseek(self._handle, 0, os.SEEK_END)
             try:
                 _write_all(self._handle, b"".join(line for _, line in lines))
-                if sync:
-                    os.fsync(self._handle)
             except OSError:
                 with contextlib.suppress(OSError):  # a torn tail is harmless: readers ignore it
                     os.ftruncate(self._handle, start)
                 raise
-        for key, line in lines:
-            self._place(key, self.path, start, len(line))
-            start += len(line)
-        self._read_to[self.path] = start
+            for key, line in lines:
+                self._place(key, self.path, start, len(line))
+                start += len(line)
+            self._read_to[self.path] = start
+        if time.monotonic() - self._synced_at >= self.sync_every_s:
+            self.sync()
 
     def sync(self) -> None:
-        """Make durable what was appended without."""
-        if self._handle is not None:
-            assert self.path is not None
-            with saving.timed(), storage_errors(self.path):
+        """Make durable what was appended since the last time.
+
+        Raises:
+            StorageError: the disk did not take it; those units count as not done.
+        """
+        if self._handle is None or self.path is None or self._read_to[self.path] == self._durable:
+            return
+        with saving.timed(), storage_errors(self.path):
+            try:
                 os.fsync(self._handle)
+            except OSError:  # the kernel drops what it could not write and reports that once: the next fsync would succeed
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._handle, self._durable)
+                self._places = {k: place for k, place in self._places.items() if place[2] != self.path or place[3] < self._durable}
+                self._read_to[self.path] = self._durable
+                raise
+        self._durable = self._read_to[self.path]
+        self._synced_at = time.monotonic()
 
     def attempting(self, keys: Collection[str]) -> None:
-        """Note which units are being worked on, for whoever finds this process dead; cheap, and not durable."""
+        """Note which units are being worked on, for whoever finds this process dead; cheap, and not durable.
+
+        Those that it finishes need not be taken out: whoever reads the note leaves out what the journal has.
+        """
         if self.attempts is None:
             return
-        note = canonical_json({"writer": self.path.stem if self.path else None, "keys": sorted(keys)[:MAX_ATTEMPTS]}).encode()
-        with storage_errors(self.attempts):
+        note = canonical_json({"writer": self.path.stem if self.path else None, "keys": sorted(keys)}).encode()
+        with saving.timed(), storage_errors(self.attempts):
             if self._attempts_handle is None:
                 make_folder(self.attempts.parent)
                 self._attempts_handle = os.open(self.attempts, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -305,6 +336,7 @@ class Journal:
             os.pwrite(self._attempts_handle, note.ljust(self._attempts_width), 0)  # one call; the spaces cover a longer note
 
     def close(self) -> None:
+        """Close the files, without ``sync``: what stands on the units has called it."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
@@ -315,7 +347,8 @@ class Journal:
     def _open(self, path: Path) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         self._handle = os.open(path, flags, 0o666)
-        os.ftruncate(self._handle, self._read_to.get(path, 0))  # drop a torn tail of our own
+        self._durable = self._read_to.setdefault(path, 0)
+        os.ftruncate(self._handle, self._durable)  # drop a torn tail of our own
         fsync_folder(path.parent)
 
     def _scan(self, path: Path) -> None:

@@ -67,6 +67,9 @@ class Checkpoints(Protocol):
 class Journal(Protocol):
     """Finished units by key; see ``tribunal.core.storage.Journal``. The journal *is* the checkpoint.
 
+    A unit is *recorded* once it is appended: a kill of the process does not lose it. It is *durable*, so that the loss of the
+    node does not either, after ``sync``, or at most ``tribunal.core.storage.SYNC_EVERY_S`` of work later.
+
     ``set_aside`` holds the keys of units that are not to be tried again: they ended the process too often.
     """
 
@@ -77,7 +80,10 @@ class Journal(Protocol):
     def __getitem__(self, key: str) -> Json: ...
 
     def append(self, records: Mapping[str, Json]) -> None:
-        """Make these units durable (written and fsynced together) before returning."""
+        """Record these units before returning."""
+
+    def sync(self) -> None:
+        """Make durable what is recorded; returns when it is."""
 
     def attempting(self, keys: Collection[str]) -> None:
         """Note which units are being worked on, for whoever finds this process dead; cheap, and not durable."""
@@ -100,8 +106,8 @@ class OverItems(Generic[Item]):
         items: the plan; a pure function of the configuration and the inputs, in a fixed order.
         keys: the unit keys that an item yields.
         process: ``process(item, stop)`` yields ``{key: record}`` mappings as units finish; each mapping is
-            made durable at once. It may return early when ``stop`` is set, after saving what it needs to
-            go on. Units already in the journal may be yielded again and are ignored.
+            recorded before the next is asked for. It may return early when ``stop`` is set, after saving what it
+            needs to go on. Units already in the journal may be yielded again and are ignored.
         journal: where units are recorded.
         unit: the unit's name, for progress.
         enough: asked between items; True ends the work early (targets reached).
@@ -128,6 +134,12 @@ class OverItems(Generic[Item]):
         self._done = {key for key in self._plan if key in journal} | self._set_aside
 
     def run(self, stop: Stop) -> bool:
+        try:
+            return self._run(stop)
+        finally:
+            self.journal.sync()
+
+    def _run(self, stop: Stop) -> bool:
         for item in self.items:
             keys = set(self.keys(item))
             if keys <= self._done:
@@ -144,7 +156,6 @@ class OverItems(Generic[Item]):
                 if new:
                     self.journal.append(new)
                     self._done |= new.keys()
-                    self.journal.attempting(keys - self._done)
             if not keys <= self._done:
                 if stop.is_set():
                     self.journal.attempting(())

@@ -155,8 +155,10 @@ class Sampler:
         """Sample a wave, yielding completions in the steps that finish them.
 
         When ``stop`` is set the state is saved to ``checkpoints`` and the iterator ends early; a later call with the
-        same requests goes on from there. What was yielded must be durable before the next item is asked for. After a
-        kill without saved state a call starts over and yields all completions again, equal to the first time.
+        same requests goes on from there. A saved state skips what was yielded before it, so what is yielded must be
+        recorded before the next item is asked for, where ``checkpoints`` makes it durable before a state counts (a job's
+        do, see ``Job.checkpoints``). After a kill a call goes on from the newest state, or starts over without one, and
+        yields again what came later, equal to the first time.
 
         Raises:
             UserError: the memory does not hold the wave's batch; names the setting to lower.
