@@ -67,7 +67,7 @@ class ExtractActivations(Job[Config]):
     shards = True
 
     def check(self) -> None:
-        from tribunal.models.loading import describe_model
+        from tribunal.models.describe import describe_model
 
         n_layers = describe_model(self.experiment.model).n_layers
         for layer in self.config.layers or ():

@@ -58,7 +58,7 @@ class GenerateTraces(Job[Config]):
     shards = True
 
     def check(self) -> None:
-        from tribunal.models.loading import load_format
+        from tribunal.models.describe import load_format
 
         where, config = f"{self.experiment.path}: generate_traces", self.config
         attempts = self._attempts()

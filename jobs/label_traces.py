@@ -43,7 +43,7 @@ class LabelTraces(Job[Config]):
     resources = SlurmJob(time="1:00:00", nodes=1, gpus=0, cpus=2, mem_gb=16)
 
     def build(self) -> Work:
-        from tribunal.models.loading import load_format
+        from tribunal.models.describe import load_format
 
         traces, problems = self._traces(), self._problems()
         text_format, _ = load_format(self.experiment.model)

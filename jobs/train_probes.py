@@ -2,8 +2,9 @@
 
     python -m jobs.train_probes experiments/demo.yaml [train_probes.permutations=200]
 
-Reads traces, labels and activations; writes report.json, implicit_value_directions.json and probe_results.png
-(schemas in docs/files.md). A unit is one control, or one layer x pooling with all its probes and nulls.
+Reads traces, labels and activations; writes report.json, implicit_value_directions.json, probe_results.png, and for later phases
+the scores and directions that never saw a problem (schemas in docs/files.md). A unit is one control, or one layer x pooling with
+all its probes and nulls.
 """
 
 from __future__ import annotations

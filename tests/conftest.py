@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.calibrated import Calibrated
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
@@ -16,3 +18,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real input at {folder} (set TRIBUNAL_TEST_DATA to a folder with gsm8k/ and bbh/)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
+    """A finished calibration of the shipped reasoner; takes about ten seconds, once."""
+    root = tmp_path_factory.mktemp("calibrated")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIBUNAL_ROOT", str(root))
+        return Calibrated(root)

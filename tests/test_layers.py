@@ -35,12 +35,23 @@ ALLOWED: dict[str, set[str]] = {
 EVERYTHING = {*ALLOWED, "jobs"}
 ALLOWED["jobs"] = EVERYTHING - {"jobs"}
 ALLOWED["cli_cluster"] = {"core", "cluster"}
-ALLOWED["cli"] = EVERYTHING | {"cli_cluster"}
+ALLOWED["cli_monitor"] = EVERYTHING
+ALLOWED["cli_oracle"] = EVERYTHING
+ALLOWED["cli"] = EVERYTHING | {"cli_oracle", "cli_cluster", "cli_monitor"}
 
 MODEL_LIBRARIES = {"transformers", "transformer_lens", "peft", "trl"}
 MODEL_PLACES = ("tribunal/models/", "tribunal/coconut/model.py")
 
-WITHOUT_TORCH = ["jobs", "tribunal/core", "tribunal/cluster", "tribunal/datasets", "tribunal/cli.py", "tribunal/cli_cluster.py"]
+WITHOUT_TORCH = [
+    "jobs",
+    "tribunal/core",
+    "tribunal/cluster",
+    "tribunal/datasets",
+    "tribunal/cli.py",
+    "tribunal/cli_cluster.py",
+    "tribunal/cli_oracle.py",
+    "tribunal/cli_monitor.py",
+]
 """What reads and validates an experiment: imports of these must stay quick, so no torch at module level."""
 HEAVY = ["torch", "transformers", "transformer_lens", "peft", "trl", "accelerate"]
 

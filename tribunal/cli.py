@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from tribunal import __version__, cli_cluster
+from tribunal import __version__, cli_cluster, cli_monitor, cli_oracle
 from tribunal.cluster import launch, preemption
 from tribunal.cluster.job import root
 from tribunal.cluster.pipelines import jobs_of, run_pipeline
@@ -55,7 +55,7 @@ def demo(overrides: Overrides = None, limit: Limit = None) -> None:
 
 @app.command()
 def run(
-    what: Annotated[str, typer.Argument(help="a pipeline (calibrate) or one job", metavar="PIPELINE|JOB")],
+    what: Annotated[str, typer.Argument(help="a pipeline (calibrate, cross_examine, oracle, trial) or one job", metavar="PIPELINE|JOB")],
     experiment: ExperimentFile,
     overrides: Overrides = None,
     limit: Limit = None,
@@ -80,6 +80,43 @@ def collect(
         collection = collector.collect(paths or [root() / "results"], csv=csv, json=json, pack=pack)
         print(collection.text)
         return 1 if collection.refused else 0
+
+    _guarded(body)
+
+
+@app.command()
+def report(name: cli_cluster.Name) -> None:
+    """Make results/<experiment>/report.html now, from whatever has finished."""
+
+    def body() -> int:
+        from jobs.report import write_page
+        from tribunal.cluster import status
+
+        print(write_page(status.name_of(name)))
+        return 0
+
+    _guarded(body)
+
+
+@app.command()
+def monitor(
+    experiment: ExperimentFile,
+    overrides: Overrides = None,
+    prompt: Annotated[str | None, typer.Option(help="the question to ask")] = None,
+    problem: Annotated[str | None, typer.Option(help="or the id of one of the dataset's problems", metavar="ID")] = None,
+    sample: Annotated[int, typer.Option(min=0, help="which sample: another number, other draws")] = 0,
+    layer: Annotated[int | None, typer.Option(help="follow the direction of this layer; default: the best one")] = None,
+    pooling: Annotated[str | None, typer.Option(help="of this pooling")] = None,
+    kind: Annotated[str | None, typer.Option(help="of this kind of probe")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; default: generate_traces.temperature")] = None,
+    page: Annotated[Path | None, typer.Option(help="where the page goes; default: monitor-<experiment>.html")] = None,
+) -> None:
+    """Watch the experiment's model answer one question, every sentence under its P(correct); writes a page of it."""
+
+    def body() -> int:
+        place = cli_monitor.Place(layer, pooling, kind)
+        loaded = launch.open_experiment(experiment, overrides or [])
+        return cli_monitor.watch(loaded, prompt=prompt, problem=problem, sample=sample, place=place, temperature=temperature, page=page)
 
     _guarded(body)
 
@@ -114,6 +151,7 @@ def _guarded(body: Callable[[], int]) -> None:
 
 
 cli_cluster.register(app)
+cli_oracle.register(app)
 
 
 if __name__ == "__main__":

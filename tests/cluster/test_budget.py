@@ -6,15 +6,17 @@ from typing import Any
 
 import pytest
 
-from tribunal.cluster.budget import MAX_SET_ASIDE, decide, generations_without_progress, units_set_aside
+from tribunal.cluster.budget import MAX_SET_ASIDE, decide, units_set_aside
 from tribunal.core.config import SlurmConfig
 
 SLURM = SlurmConfig(max_generations=5, no_progress_generations=2)
 
 
 def row(cause: str, units: int = 5, **facts: Any) -> dict[str, Any]:
+    """A generation that was launched at 0, started at 1 s, had loaded at 100 s and ended at 1000 s."""
     blank = {"error": None, "mendable": None, "in_flight": [], "progressed": None, "done": 0, "unit": "trace"}
-    return {**blank, "cause": cause, "units": units, **facts}
+    times = {"launched": 0.0, "started": 1.0, "working": 100.0, "ended": 1000.0}
+    return {**blank, **times, "cause": cause, "units": units, **facts}
 
 
 @pytest.mark.parametrize("cause", ["time limit", "deadline", "preempted", "asked", "requeued", "crashed"])
@@ -65,8 +67,21 @@ def test_generations_that_make_nothing_durable_end_it_naming_the_unit() -> None:
     assert not decision.go_on and "2 generations in a row made no trace durable; the last worked on unit '17/0'" in decision.why
 
 
-def test_a_preemption_before_any_work_says_nothing_about_progress() -> None:
-    rows = [row("preempted", 0, done=None)] * 4
-    assert generations_without_progress(rows) == 0
-    assert generations_without_progress([row("time limit", 0, done=None)] * 4) == 4
-    assert generations_without_progress([row("crashed", 0, progressed=True)]) == 0
+@pytest.mark.parametrize("cause", ["asked", "preempted", "requeued"])
+def test_a_stop_from_outside_says_nothing_about_progress_before_the_work_had_to_save(cause: str) -> None:
+    soon = [row(cause, 0, ended=100.0 + SLURM.save_every_s - 1)] * 4
+    assert decide(soon, SLURM).go_on
+    assert decide([row(cause, 0, done=None, working=None)] * 4, SLURM).go_on, "it was still loading"
+    assert decide([row("asked", 0, done=None, working=None, ended=None)] * 4, SLURM).go_on, "it was killed while loading"
+    later = [row(cause, 0, ended=100.0 + SLURM.save_every_s)] * 2
+    assert "no progress: 2 generations in a row" in decide([*later, *soon], SlurmConfig(max_generations=9)).why
+    assert decide([*later, *soon[:2], row(cause, 0, progressed=True)], SlurmConfig(max_generations=9)).go_on
+
+
+def test_a_time_limit_counts_however_soon_it_comes_unless_earlier_stages_had_used_it_up() -> None:
+    soon = {"started": 2.0, "working": None, "done": None, "ended": 3.0}
+    assert not decide([row("time limit", 0, **soon)] * 2, SLURM).go_on, "the limit is too short for the lead"
+    late = {"launched": 0.0, "started": 9000.0, "working": 9100.0, "ended": 10_000.0}
+    assert decide([row("time limit", 0, **late), row("deadline", 0, in_flight=["17/0"])], SLURM).go_on
+    assert not decide([row("time limit", 0, **late), *[row("time limit", 0)] * 2], SLURM).go_on
+    assert not decide([row("crashed", 0, **late, error="killed by SIGKILL")] * 2, SLURM).go_on

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tests.project import Project
 from tribunal.cluster import live, queue, status
+from tribunal.cluster.resubmission import script_name
 
 NOW = time.time()
 
@@ -65,7 +67,7 @@ def one(folder: Any, snapshot: queue.Snapshot | None = None) -> status.Row:
         ({"next": "nothing", "why": "failed: ValueError: bad layer (probe.py:7)", "cause": "failed"}, "failed", "ValueError: bad layer"),
         ({"next": "nothing", "why": "exhausted: 50 generations of at most 50"}, "exhausted", "50 generations of at most 50"),
         ({"next": "nothing", "why": "no progress: 2 generations in a row"}, "no progress", "2 generations in a row"),
-        ({"next": "nothing", "why": "cancelled", "cause": "cancelled"}, "cancelled", "tribunal resume goes on"),
+        ({"next": "nothing", "why": "cancelled", "cause": "cancelled"}, "cancelled", "to go on: tribunal resume big"),
         ({"next": "by hand", "why": "to go on: sbatch x.sbatch"}, "stopped", "to go on: sbatch x.sbatch"),
         ({"next": "requeue", "why": "time limit"}, "lost", "asked to be started again (requeue), but is not in the queue"),
     ],
@@ -100,8 +102,14 @@ def test_a_waiting_job_says_why(run_folder, reason, dependency, why):
 def test_a_killed_job_is_not_taken_for_a_running_one_and_unknown_is_not_gone(run_folder):
     submitted(run_folder, 1)
     ledger(run_folder, events("0-of-1", 1))
-    assert one(run_folder).state == "killed"
+    row = one(run_folder)
+    assert row.state == "killed" and "ended without a word on n1" in row.why and "; to go on: tribunal resume big (log: " in row.why
     assert one(run_folder, seen(error="no answer")).state == "unknown"
+
+
+def test_a_killed_job_that_was_submitted_by_hand_goes_on_by_hand(run_folder):
+    ledger(run_folder, events("0-of-1", 1))
+    assert one(run_folder).why.endswith("to go on: the same sbatch again")
 
 
 def test_a_heartbeat_shows_progress_without_slurm(run_folder):
@@ -113,6 +121,18 @@ def test_a_heartbeat_shows_progress_without_slurm(run_folder):
     (lease / "epoch-000001.json").write_text(json.dumps({"released": False, "facts": facts}))
     row = one(run_folder, seen(error="no answer"))
     assert (row.state, row.done, row.rate, row.eta_s) == ("running", 5, 0.5, 8.0)
+    assert one(run_folder).state == "running", "the heartbeat is younger than SLURM's answer"
+    assert one(run_folder, replace(seen(), age_s=-1.0)).state == "killed", "SLURM has been asked since, and knows of no such job"
+
+
+def test_a_continuation_speaks_for_each_of_its_shards(run_folder):
+    submitted(run_folder, 4)
+    script = str(run_folder / script_name(range(2, 4), 4))
+    entry = queue.Entry("78", None, "78", "PENDING", "Priority", "2026-01-01T10:00:00", "big.count", script, "")
+    assert [(row.state, row.id) for row in status.report("big", seen(entry)).rows][2:] == [("waiting", "78")] * 2
+    assert set(live.tasks("big", seen(entry))["count"]) == {2, 3}
+    alone = replace(entry, script=str(run_folder / script_name(range(1), 1)))
+    assert set(live.tasks("big", seen(alone))["count"]) == {None}
 
 
 def test_an_array_line_of_squeue_speaks_of_each_of_its_tasks():
@@ -148,6 +168,7 @@ def test_10000_array_tasks_are_told_in_about_a_second_from_few_files(run_folder)
             (lease / "epoch-000001.json").write_text(json.dumps({"released": False, "facts": facts}))
     ledger(run_folder, lines)
     queued = [pending("BeginTime", str(index)) for index in range(1, shards, 3)]
+    queued += [replace(pending("None", str(index)), state="RUNNING") for index in range(2, 900, 3)]
     queued.append(pending("Priority", ",".join(str(index) for index in range(902, shards, 3)) + "%256"))
     began = time.process_time()
     report = status.report("big", seen(*queued))

@@ -7,10 +7,11 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 
 import pytest
 
-from tests.project import Project, until
+from tests.project import HERE, Project, until
 from tests.slurm.test_scripts import faults
 from tribunal.cluster.resources import check_extra, parse_limit
 from tribunal.cluster.scripts import index_list
@@ -99,6 +100,15 @@ def test_a_dry_run_prints_graph_and_scripts_and_leaves_nothing_behind(project):
     assert "gres" not in second and "constraint" not in second  # double needs no GPU, so it asks for nothing that comes with one
     assert "double" in text and "after count" in text
     assert list(project.root.rglob("*")) == []
+
+
+def test_submitting_the_demo_imports_no_torch(tmp_path):
+    code = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); from tribunal.cli import main; main()"
+    command = [sys.executable, "-c", code, "submit", "experiments/demo.yaml", "--dry-run", "--cluster", "local"]
+    environment = {**os.environ, "TRIBUNAL_ROOT": str(tmp_path)}
+    text = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "#SBATCH --job-name=demo.extract_activations" in text
+    assert text.splitlines()[-1] == "False"
 
 
 def test_the_site_file_supplies_what_the_experiment_leaves_open(project):

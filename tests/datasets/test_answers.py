@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tribunal.core.errors import DataError
-from tribunal.datasets.answers import grade, grade_continuation, plain_number, second_opinion
+from tribunal.datasets.answers import grade, grade_continuation, plain_number, same, second_opinion
 
 C, W, U = "correct", "incorrect", "unparsable"
 
@@ -380,6 +380,13 @@ def test_a_gold_that_cannot_be_an_answer_is_refused():
         grade("18", " ")
     with pytest.raises(DataError, match="none of the 4 choices"):
         grade("B", "E", DATES)
+
+
+def test_two_extracted_answers_are_the_same_as_text_as_numbers_as_words_or_as_mathematics():
+    for first, second in (("B", "B"), ("1,080", "1080.0"), ("0.5", "1/2"), ("The Yes", "yes"), ("x + 1", "1+x"), ("$x^2$", "x^2")):
+        assert same(first, second) and same(second, first), (first, second)
+    for first, second in (("B", "C"), ("7", "8"), ("yes", "no"), ("x + 1", "x - 1"), ("p or q (unclear", "7")):
+        assert not same(first, second) and not same(second, first), (first, second)
 
 
 def test_second_opinion_agrees_with_the_number_path_on_well_behaved_answers():

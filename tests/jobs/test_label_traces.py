@@ -18,7 +18,7 @@ from tribunal.core.errors import CorruptError, DataError, LabelError
 from tribunal.core.receipts import RECEIPT, digest, hash_outputs
 from tribunal.core.records import Problem, Trace, TraceLabel
 from tribunal.core.storage import read_jsonl, write_json, write_jsonl
-from tribunal.models.loading import load_format
+from tribunal.models.describe import load_format
 
 MODEL = ModelConfig(name="builtin:addition", dtype="float32", device="cpu")
 COMPLETIONS = [

@@ -18,6 +18,7 @@ from tribunal.core.storage import write_json
 from tribunal.core.work import Never
 from tribunal.probes.collect import collect
 from tribunal.probes.direction import load
+from tribunal.probes.held_out import read_held_out
 
 SETTINGS = {
     "folds": 3,
@@ -56,9 +57,10 @@ def test_stopped_after_any_unit_and_resumed_it_ends_with_the_same_digest(tmp_pat
 def test_it_writes_report_directions_and_figure_and_collect_takes_them(tmp_path, monkeypatch):
     monkeypatch.setenv("TRIBUNAL_ROOT", str(tmp_path))
     receipt, _ = undisturbed(lambda: make(tmp_path))
-    assert set(receipt["outputs"]) == {"report.json", "implicit_value_directions.json", "probe_results.png"}
+    files = {"report.json", "implicit_value_directions.json", "held_out.jsonl", "fold_directions.json", "probe_results.png"}
+    assert set(receipt["outputs"]) == files
     folder = tmp_path / "results" / "made" / "train_probes"
-    assert load(folder).experiment == "made"
+    assert load(folder).experiment == read_held_out(folder).file.experiment == "made"
     collection = collect([tmp_path / "results"])
     assert len(collection.rows) == 4 and not collection.refused
 

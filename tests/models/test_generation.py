@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ from tests.tiny_models import FAMILIES, tiny_model
 from tribunal.cluster.checkpoint import CheckpointStore
 from tribunal.core.errors import ModelError, UserError
 from tribunal.models import draws
-from tribunal.models.generation import Finished, Request, Sampler
+from tribunal.models.generation import Finished, Request, Sampler, Token
+from tribunal.models.residual import Change, Gate, Steering, inject
 
 VOCAB = 97
 EOS = [2, 3]
@@ -284,3 +287,151 @@ def test_layers_without_attention_are_refused():
     model.config.layer_types = ["full_attention", "linear_attention", "full_attention"]
     with pytest.raises(ModelError, match="linear_attention"):
         Sampler(model, eos_ids=EOS, slots=4)
+
+
+WIDTH = 32
+PUSH, DROP, UP = (torch.randn(WIDTH, generator=torch.Generator().manual_seed(i)) for i in range(3))
+STEERING = Steering({"push": [Change(1, add_D=6 * PUSH)], "drop": [Change(0, remove_D=DROP), Change(1, add_D=4 * UP)]})
+
+
+def steered_requests(n: int = 12, longest: int = 14) -> list[Request]:
+    """Every third request asks its neighbour's prompt under another intervention, one in three is unsteered."""
+    return [request._replace(intervention=("push", "", "drop")[i % 3]) for i, request in enumerate(requests(n, longest))]
+
+
+@contextmanager
+def hooked(model, intervention: str, start: int | None = None) -> Iterator[None]:
+    """The interventions by plain hooks and formulas; from ``start`` on, or from the last token of each pass."""
+
+    def change(function):
+        def hook(module, inputs, output):
+            hidden = (output[0] if isinstance(output, tuple) else output).clone()
+            first = hidden.shape[1] - 1 if start is None else start
+            hidden[:, first:] = function(hidden[:, first:])
+            return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+        return hook
+
+    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    projector = torch.eye(WIDTH) - torch.outer(DROP, DROP) / (DROP @ DROP)
+    handles = []
+    if intervention == "push":
+        handles = [layers[1].register_forward_hook(change(lambda h: h + 6 * PUSH))]
+    elif intervention == "drop":
+        handles = [layers[0].register_forward_hook(change(lambda h: h @ projector))]
+        handles += [layers[1].register_forward_hook(change(lambda h: h + 4 * UP))]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
+def test_steered_rows_beside_unsteered_ones_equal_generate_under_plain_hooks(family):
+    model, wave = tiny_model(family), steered_requests()
+    done = sample(model, wave, steering=STEERING)
+    for request in wave:
+        with hooked(model, request.intervention):
+            tokens, logprobs = by_generate(model, request, noise=True)
+        assert done[request.key].tokens == tokens
+        assert done[request.key].logprobs == pytest.approx(logprobs, abs=2e-4)
+    plain = sample(model, [request._replace(intervention="") for request in wave])
+    assert sum(done[r.key].tokens != plain[r.key].tokens for r in wave) >= 5  # the interventions do change what is said
+
+
+def test_a_steered_greedy_token_is_that_of_a_forward_pass_without_cache_under_a_plain_hook():
+    """Every state from the prompt's last token on is changed, and none before it."""
+    model, wave = tiny_model("llama"), steered_requests(6)
+    for key, done in sample(model, wave, steering=STEERING, temperature=0).items():
+        request = next(r for r in wave if r.key == key)
+        with hooked(model, request.intervention, start=len(request.prompt_ids) - 1), torch.no_grad():
+            logits = model(torch.tensor([[*request.prompt_ids, *done.tokens]]), use_cache=False).logits[0]
+        assert done.tokens == logits[len(request.prompt_ids) - 1 : -1].argmax(-1).tolist()
+
+
+def test_a_wave_of_unsteered_requests_is_the_same_to_the_byte_with_a_sampler_that_can_steer():
+    model, wave = tiny_model("qwen3"), requests(9)
+    assert sample(model, wave, steering=STEERING) == sample(model, wave)
+
+
+def test_a_steered_wave_stopped_anywhere_goes_on_to_the_same_bytes(tmp_path):
+    gated = {"push": [Change(1, add_D=6 * PUSH, gate=Gate(DROP, 0.0))], "drop": [Change(0, remove_D=DROP)]}
+
+    def run(stop=None, places=None) -> list[Finished]:
+        sampler = Sampler(tiny_model("qwen3"), eos_ids=EOS, slots=4, steering=Steering(gated))
+        return [done for step in sampler.run(steered_requests(9, 10), stop, places) for done in step]
+
+    expected, counting = run(), StopAt()
+    run(counting)
+    for look in range(0, counting.looks, 2):
+        places = store(tmp_path / str(look))
+        assert run(StopAt(look), places) + run(None, places) == expected
+
+
+def test_tokens_prefilled_again_after_a_resume_are_steered_as_they_were(tmp_path):
+    """Two rows of one length and different starts: the states before the prompt's last token stay as they are."""
+    model = tiny_model("qwen3")
+    wave = [r._replace(max_new_tokens=12) for r in steered_requests(8)]
+    wave += [wave[0]._replace(key="again"), wave[0]._replace(key="plain", intervention="")]
+    sampler = Sampler(model, eos_ids=[], slots=10, steering=STEERING, max_cache_gb=0)
+    assert not [d for step in sampler.run(wave, StopAt(6), store(tmp_path)) for d in step]
+    resumed = {d.key: d for step in sampler.run(wave, None, store(tmp_path)) for d in step}
+    expected = sample(model, wave, slots=10, eos_ids=[], steering=STEERING)
+    for key, done in expected.items():
+        assert resumed[key].tokens == done.tokens and resumed[key].continued
+        assert resumed[key].logprobs == pytest.approx(done.logprobs, abs=1e-4)
+
+
+def test_state_of_a_wave_under_other_interventions_is_not_used(tmp_path):
+    model, wave = tiny_model("qwen3"), steered_requests(6)
+    list(Sampler(model, eos_ids=EOS, slots=4, steering=STEERING).run(wave, StopAt(4), store(tmp_path)))
+    assert store(tmp_path).newest() is not None
+
+    def state(names: Sequence[str], push: torch.Tensor):
+        steering = Steering({"push": [Change(1, add_D=push)], "drop": [Change(0, remove_D=DROP), Change(1, add_D=4 * UP)]})
+        given = [request._replace(intervention=name) for request, name in zip(wave, names, strict=True)]
+        return Sampler(model, eos_ids=EOS, slots=4, steering=steering)._restore(given, store(tmp_path))
+
+    names = [request.intervention for request in wave]
+    assert state(names, 6 * PUSH) is not None
+    assert state(names, 6.001 * PUSH) is None
+    assert state(["drop", *names[1:]], 6 * PUSH) is None
+
+
+def test_a_stream_gives_each_token_of_the_run_once_and_in_order():
+    model, wave = tiny_model("qwen3"), steered_requests(9)
+    streamed: dict[str, list[Token]] = {}
+    for step in Sampler(model, eos_ids=EOS, slots=4, steering=STEERING).stream(wave):
+        assert len({token.key for token in step}) == len(step)  # a row gets one token per step
+        for token in step:
+            streamed.setdefault(token.key, []).append(token)
+    for key, done in sample(model, wave, steering=STEERING).items():
+        assert [token.index for token in streamed[key]] == list(range(len(done.tokens)))
+        assert [token.token for token in streamed[key]] == done.tokens
+        assert [token.logprob for token in streamed[key]] == done.logprobs
+        assert [token.finish_reason for token in streamed[key]] == [None] * (len(done.tokens) - 1) + [done.finish_reason]
+
+
+def test_what_is_put_around_a_prefill_reaches_the_rows_of_its_requests(tmp_path, monkeypatch):
+    """Two requests with one prompt and different vectors, also when the pass is split and after a resume without cache."""
+    from tribunal.models import generation
+
+    model = tiny_model("qwen3")
+    wave = [Request(f"q{i}", prompt, 8, i) for i, prompt in enumerate([[5, 6, 7, 8], [5, 6, 7, 8], [9, 10, 11, 12, 13, 14]])]
+    vectors = {request.key: vector for request, vector in zip(wave, (PUSH, UP, DROP), strict=True)}
+
+    def around(keys: Sequence[str]):
+        given = torch.stack([vectors[key] for key in keys])
+        return inject(model, given, torch.arange(len(keys)), torch.full((len(keys),), 2), layer=0, scale=3.0)
+
+    for prefill_tokens in (8192, 8):
+        monkeypatch.setattr(generation, "PREFILL_TOKENS", prefill_tokens)
+        done = sample(model, wave, eos_ids=[], temperature=0, around_prefill=around)
+        sampler = Sampler(model, eos_ids=[], slots=4, temperature=0, around_prefill=around, max_cache_gb=0)
+        assert not list(sampler.run(wave, StopAt(5), store(tmp_path)))
+        resumed = {d.key: d for step in sampler.run(wave, None, store(tmp_path)) for d in step}
+        for request in wave:
+            with inject(model, vectors[request.key][None], torch.tensor([0]), torch.tensor([2]), layer=0, scale=3.0):
+                whole = torch.tensor([[*request.prompt_ids, *done[request.key].tokens]])
+                expected = model(whole, use_cache=False).logits[0, len(request.prompt_ids) - 1 : -1].argmax(-1).tolist()
+            assert done[request.key].tokens == expected == resumed[request.key].tokens
+        assert done["q0"].tokens != done["q1"].tokens

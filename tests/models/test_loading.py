@@ -5,13 +5,14 @@ import logging
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny_models import FAMILIES, tiny_folder, tiny_tokenizer
 from tribunal.core.config import ModelConfig
 from tribunal.core.errors import ModelError
-from tribunal.models import loading
-from tribunal.models.loading import describe_model, fits, folder_digest, identity, load_format, load_model, weight_bytes
+from tribunal.models import loading, reasoner
+from tribunal.models.describe import describe_model, load_format
+from tribunal.models.loading import fits, folder_digest, identity, load_model, weight_bytes
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -31,6 +32,16 @@ def test_a_folder_loads_as_saved(tmp_path, family):
     assert identity(loaded) == {"name": str(path), "revision": loaded.revision, "d_model": 32, "n_layers": 3}
     assert describe_model(config(path)) == loaded.shape == (3, 32, len(loaded.tokenizer), 512)
     assert load_model(config(path)) is loaded
+
+
+def test_the_built_in_model_is_described_as_transformers_auto_classes_would():
+    made, shape = load_format(config("builtin:addition"))
+    folder = reasoner.folder()
+    reference, tokenizer = AutoConfig.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert shape == (reference.num_hidden_layers, reference.hidden_size, reference.vocab_size, reference.max_position_embeddings)
+    text = reasoner.prompt("347 + 285 =") + "<think>7+5=12 write 2 carry 1</think>\nAnswer: 632<sep>y<eos>"
+    assert made.tokenizer(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert made.tokenizer.get_vocab() == tokenizer.get_vocab() and made.tokenizer.special_tokens_map == tokenizer.special_tokens_map
 
 
 def test_dtype_is_as_asked(tmp_path):

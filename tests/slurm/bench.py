@@ -164,6 +164,7 @@ class Bench:
 
 QUICK: dict[str, Any] = {
     "seconds": 0,
+    "save_seconds": 0,
     "wait_for": {},
     "fail_in": None,
     "fail_in_build": False,

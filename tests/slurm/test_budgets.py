@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from tests.slurm.bench import Bench
 
 
@@ -40,13 +42,28 @@ def test_a_unit_that_killed_the_process_twice_is_set_aside(bench: Bench) -> None
     assert receipt["generations"][0]["error"] == "killed by SIGKILL"
 
 
+def test_being_asked_to_stop_before_the_first_unit_costs_nothing(bench: Bench) -> None:
+    bench.slurm["save_every_s"] = 600
+    bench.sections["count"] = {"units": 4, "seconds": 0.01, "wait_for": {"0": bench.folder / "gate"}}
+    job = bench.submit("count", "--no-requeue")
+    for generation in (1, 2, 3):
+        bench.until(lambda n=generation: [row["done"] for row in bench.rows("count")] == [0] * n, f"generation {generation} works")
+        bench.signal(job)
+        bench.until(lambda n=generation: len(bench.rows("count")) == n + 1, "the next one")
+        job = bench.rows("count")[-1]["job"]
+    (bench.folder / "gate").touch()
+    receipt = bench.whole("count", units=4, generations=4)
+    assert bench.causes(receipt) == ["asked"] * 3 + ["finished"]
+
+
 def test_generations_without_a_unit_end_naming_the_unit(bench: Bench) -> None:
+    bench.slurm["save_every_s"] = 1
     bench.sections["count"] = {"units": 4, "seconds": 0.01, "wait_for": {"2": bench.folder / "never"}}
     job = bench.submit("count")
     for generation in (1, 2, 3):  # the first makes two units durable
         bench.until(lambda n=generation: len(bench.rows("count")) == n and bench.units("count") == 2, f"generation {generation} waits")
         bench.until(lambda: "RUNNING" in bench.queue()[0], "it runs")
-        bench.until(lambda n=generation: bench.rows("count")[-1]["done"] is not None, "it works")
+        bench.until(lambda: (began := bench.rows("count")[-1]["working"]) and time.time() > began + 1, "it has worked for save_every_s")
         bench.signal(job)
         bench.until(lambda n=generation: bench.rows("count")[n - 1]["next"], "a decision")
     bench.gone()

@@ -19,7 +19,7 @@ def without(bench: Bench, *missing: str) -> None:
     for name in ("srun", "sbatch", "scontrol", "squeue", "scancel"):
         if name not in missing:
             (clients / name).symlink_to(next(Path(p) / name for p in os.environ["PATH"].split(":") if (Path(p) / name).exists()))
-    for name in ("bash", "sh", "env", "sleep", "rm", "touch", "cat"):
+    for name in ("bash", "sh", "env", "sleep", "rm", "touch", "cat", "mkdir"):
         (clients / name).symlink_to(f"/bin/{name}")
     bench.env["JOB_PATH"] = str(clients)
     script = bench.script
@@ -59,6 +59,38 @@ def test_an_array_task_goes_on_as_a_new_job_without_the_arrays_environment(bench
     assert "ArrayJobId" not in facts and "CPUs/Task=2" in facts
     (bench.folder / "gate").touch()
     bench.whole("count", units=40, generations=3)
+
+
+SLOW_AT_FIRST = """#!/bin/bash
+mkdir {folder}/slept 2>/dev/null && sleep 7
+exec {real} "$@"
+"""
+
+
+def test_each_task_of_a_new_job_goes_on_with_the_shard_it_had(bench: Bench) -> None:
+    """An array's element of two tasks, one per GPU, whose requeue is refused twice in a row; sbatch takes longer than KillWait."""
+    count(bench)
+    without(bench, "sbatch")
+    shim = bench.folder / "bin" / "sbatch"
+    real = next(Path(p) / "sbatch" for p in os.environ["PATH"].split(":") if (Path(p) / "sbatch").exists())
+    shim.write_text(SLOW_AT_FIRST.format(real=real, folder=bench.folder))
+    shim.chmod(0o755)
+    bench.sections["count"]["wait_for"] = {unit: bench.folder / "gate" for unit in ("22", "23")}
+    two_tasks = ("--ntasks=2", "--ntasks-per-node=2", "--gres=gpu:2")
+    job = bench.submit("count", "--no-requeue", "--array=0-1", *two_tasks)
+    bench.until(lambda: bench.units("count") == 30, "shards 0 and 1 are done, 2 and 3 wait")
+    running = f"{job}_1"
+    for generation in (2, 3):
+        bench.signal(running)
+        bench.until(lambda n=generation: [len(bench.rows("count", f"{shard}-of-4")) for shard in (2, 3)] == [n, n], "both shards go on")
+        running, other = (bench.rows("count", f"{shard}-of-4")[-1]["job"] for shard in (2, 3))
+        assert running == other
+        facts = bench.facts(running)
+        assert "ArrayJobId" not in facts and "NumTasks=2" in facts and "NtasksPerN:B:S:C=2:" in facts and "TresPerNode=gres:gpu:2" in facts
+        bench.until(lambda: all(row["done"] is not None for row in bench.rows("count")), "both have loaded")
+    (bench.folder / "gate").touch()
+    receipt = bench.whole("count", units=40, generations=8)
+    assert {row["gpus"] for row in receipt["generations"]} == {2}
 
 
 def test_without_scontrol_a_new_job_goes_on(bench: Bench) -> None:

@@ -6,6 +6,8 @@ import os
 import signal
 import time
 
+import pytest
+
 from tests.slurm.bench import Bench
 
 
@@ -45,15 +47,25 @@ def test_term_5_ms_after_usr1_does_not_end_the_requeue(bench: Bench) -> None:
     bench.whole("count", units=40, generations=2)
 
 
-def test_50_usr1_in_a_second_during_a_save_requeue_once(bench: Bench) -> None:
-    count(bench, seconds=1.5, units=6)
-    job = bench.submit("count")
-    bench.running("count", 1)
-    group = os.getpgid(bench.rows("count")[0]["pid"])
-    for _ in range(50):
-        os.killpg(group, signal.SIGUSR1)
-        time.sleep(0.02)
-    bench.whole("count", units=6, generations=2)
+@pytest.mark.parametrize("signals", ["50 USR1 in a second", "TERM 5 ms after USR1"])
+def test_signals_while_a_save_is_written_let_it_end_and_requeue_once(bench: Bench, signals: str) -> None:
+    bench.slurm["save_every_s"] = 0.5
+    bench.sections["walk"] = {"steps": 4, "seconds": 0.3, "save_seconds": 2}
+    job = bench.submit("walk")
+    states = bench.state("walk") / "states" / "walk"
+    unfinished = bench.until(lambda: next(states.glob("tmp-*"), None), "a save has begun")
+    if signals.startswith("50"):
+        group = os.getpgid(bench.rows("walk")[0]["pid"])
+        for _ in range(50):
+            os.killpg(group, signal.SIGUSR1)
+            time.sleep(0.02)
+    else:
+        bench.call("sh", "-c", f"scancel -s USR1 {job}; sleep 0.005; scancel -s TERM {job}")
+    assert unfinished.exists(), "the signals were meant to come while it was written"
+    bench.until(lambda: any(states.glob("000001-00000001/manifest.json")), "the save ends whole", 5)
+    receipt = bench.whole("walk", units=4, generations=2)
+    assert bench.causes(receipt) == ["asked", "finished"]
+    assert [row["next"] for row in receipt["generations"]] == ["requeue", None]
     assert "Restarts=1 " in bench.facts(job)
 
 

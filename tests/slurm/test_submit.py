@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -16,7 +18,10 @@ from typing import Any
 import pytest
 
 from tests.project import Project, until
+from tests.slurm.test_deaths import parent_of
+from tribunal.cluster.ledger import Ledger
 
+AT_ONCE = ("count.seconds=0", "count.wait_for={}", "double.seconds=0", "steps.seconds=0")
 SLURM: dict[str, Any] = {"signal_lead_s": 15, "time": "0:10:00", "mem_gb": 1, "cpus": 1}
 
 
@@ -66,7 +71,7 @@ class Cluster(Project):
         for file in self.folder.glob(f"{self.name}.yaml"):
             (plain.folder / file.name).write_text(file.read_text())
         for job in jobs:
-            plain.tribunal("run", job, f"{self.name}.yaml", "count.seconds=0", "count.wait_for={}", "double.seconds=0")
+            plain.tribunal("run", job, f"{self.name}.yaml", *AT_ONCE)
             mine, undisturbed = self.receipt(job, self.name), plain.receipt(job, self.name)
             assert mine["digest"] == undisturbed["digest"], job
             assert mine["totals"]["units"] == undisturbed["totals"]["units"], f"{job}: units lost or done twice"
@@ -88,8 +93,9 @@ class Background:
 
     def __init__(self, folder: Path, conf: str) -> None:
         self.limited = Cluster(folder / "limited", conf)
-        file = self.limited.write({"time": "0:02:00", "signal_lead_s": 30}, count={"units": 480, "seconds": 0.5})
-        self.limited.tribunal("submit", file, "count")
+        limit = {"time": "0:02:00", "signal_lead_s": 30, "jobs": {"steps": {"mem_gb": 2}}}
+        file = self.limited.write(limit, count={"units": 480, "seconds": 0.5}, steps={"steps": 240, "seconds": 0.8})
+        self.limited.tribunal("submit", file, "count", "steps")
         site = Project(folder / "site", {"SLURM_CONF": conf})
         self.profile = site.folder / ".tribunal-site.json"
         command = [
@@ -183,13 +189,18 @@ def test_more_tasks_than_an_array_may_have_are_split(cluster: Cluster) -> None:
     assert "#SBATCH --array=0-498" in text and '--shard "$((SLURM_ARRAY_TASK_ID + 1001))/1500"' in text
 
 
-def test_one_task_per_gpu_each_works_on_a_shard_of_its_own(cluster: Cluster) -> None:
-    file = cluster.write({"array": 2, "jobs": {"count": {"gpus": 2}}}, count={"units": 24, "seconds": 0.2})
+@pytest.mark.parametrize("extra", [[], ["--no-requeue"]], ids=["requeued", "requeue refused"])
+def test_one_task_per_gpu_each_works_on_a_shard_of_its_own(cluster: Cluster, extra: list[str]) -> None:
+    gate = cluster.root.parent / "gate"
+    held = {unit: str(gate) for unit in ("22", "23")}  # the last units of shards 2 and 3: the array's second element
+    file = cluster.write({"array": 2, "jobs": {"count": {"gpus": 2, "extra": extra}}}, count={"units": 24, "wait_for": held})
     cluster.tribunal("submit", file, "count")
-    cluster.interrupt("count", shard=1, units=6)
+    cluster.interrupt("count", shard=1, units=22)
+    until(lambda: [cluster.state("count", shard)["generation"] for shard in (2, 3)] == [2, 2], what="both of its shards go on")
+    gate.touch()
     cluster.whole("count")
     generations = cluster.receipt("count", cluster.name)["generations"]
-    assert {row["shard"] for row in generations} == {f"{index}-of-4" for index in range(4)}
+    assert sorted(row["shard"] for row in generations) == [f"{shard}-of-4" for shard in (0, 1, 2, 2, 3, 3)]
     assert {row["gpus"] for row in generations} == {2}
 
 
@@ -234,6 +245,28 @@ def test_status_asks_squeue_once_in_30_seconds_and_answers_when_slurm_does_not(c
     cluster.whole("count", "double")
 
 
+def test_a_task_killed_with_its_parent_stays_down_and_status_gives_the_command_that_goes_on(cluster: Cluster) -> None:
+    gate = cluster.root.parent / "gate"
+    cluster.tribunal("submit", cluster.write(count={"units": 8, "wait_for": {"4": str(gate)}}), "count")
+    until(lambda: cluster.units("count") == 4, what="four units")
+    ledger = Ledger(cluster.root / "checkpoints" / cluster.name / "count" / "generations.jsonl")
+    (row,) = ledger.generations()
+    for pid in (parent_of(row["pid"]), row["pid"]):
+        with contextlib.suppress(ProcessLookupError):  # the work dies with its parent
+            os.kill(pid, signal.SIGKILL)
+    cluster.gone()
+    assert "JobState=FAILED" in cluster.call("scontrol", "show", "job", row["job"])
+    for path in (cluster.root.parent / "cache" / "tribunal").glob("*.json"):
+        path.unlink()
+    state = cluster.state("count")
+    assert state["state"] == "killed", state
+    command = re.search(r"to go on: tribunal (\w+ \w+)", state["why"])
+    assert command, state["why"]
+    gate.touch()
+    assert "count" in cluster.tribunal(*command[1].split()).stdout
+    cluster.whole("count")
+
+
 def test_a_held_job_is_explained_with_the_command_that_releases_it(cluster: Cluster) -> None:
     file = cluster.write({"extra": ["--hold"]}, count={"units": 2})
     cluster.tribunal("submit", file, "count")
@@ -265,13 +298,15 @@ def test_doctor_measures_the_site_and_writes_what_submit_uses(background: Backgr
     assert profile["route"] == "requeue" and profile["signal_lead_s"] >= 300 and profile["measured_lead_s"] > 30
 
 
-def test_a_real_time_limit_over_three_generations_and_more_through_submitit(background: Background) -> None:
+def test_an_item_job_and_a_trainer_run_through_several_real_time_limits_through_submitit(background: Background) -> None:
     cluster = background.limited
-    until(lambda: cluster.done("count"), seconds=600, what="the end over several time limits")
-    receipt = cluster.receipt("count", cluster.name)
-    assert len(receipt["generations"]) >= 3
-    assert {row["cause"] for row in receipt["generations"][:-1]} <= {"time limit", "deadline"}
-    cluster.whole("count")
+    for job in ("count", "steps"):
+        until(lambda job=job: cluster.done(job), seconds=600, what=f"the end of {job} over several time limits")
+        receipt = cluster.receipt(job, cluster.name)
+        assert len(receipt["generations"]) >= 3
+        assert {row["cause"] for row in receipt["generations"][:-1]} <= {"time limit", "deadline"}
+        assert len({row["job"] for row in receipt["generations"]}) == 1
+    cluster.whole("count", "steps")
 
 
 def test_a_site_without_requeue_or_clients_in_jobs_gets_a_chain_queued_in_advance(cluster: Cluster) -> None:

@@ -46,6 +46,10 @@ class LabelledTraces:
     def __len__(self) -> int:
         return len(self._places)
 
+    def key(self, number: int) -> str:
+        """``problem_id/sample`` of a pair."""
+        return self._traces.keys[self._places[number][0]]
+
     def shards(self, size: int) -> list[range]:
         """Fixed traces to fixed shards of ``size``, in order."""
         return [range(start, min(start + size, len(self))) for start in range(0, len(self), size)]

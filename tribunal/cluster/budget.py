@@ -1,8 +1,8 @@
 """Whether a job may go on after a generation has ended, by the cause: each has its own budget.
 
 A time limit or a preemption is no fault: up to ``max_generations``. The same exception twice is a fault in the code or
-the input: no third try, unless both met the same unit, which is then set aside. Generations that make no unit durable
-are a plan that cannot work.
+the input: no third try, unless both met the same unit, which is then set aside. Generations that make no unit durable,
+though they had the time, are a plan that cannot work.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ from tribunal.core.config import SlurmConfig
 DEATHS = {"crashed", "failed"}
 """Causes that count against the units being worked on: the process died, or an exception ended it."""
 FINAL = {"cancelled", "terminated", "interrupted", "superseded"}
-NOT_AT_FAULT = {"preempted", "asked", "requeued"}
-"""Ends that say nothing about the job; before any work they do not count as a generation without progress."""
+FROM_OUTSIDE = {"preempted", "asked", "requeued"}
+"""Ends that may come at any moment of a generation, however short."""
+BY_THE_CLOCK = {"time limit", "deadline"}
+LATE_S = 60.0
+"""Stages that took less of an allocation took nothing of the next one's chance."""
 DEATHS_OF_A_UNIT = 2
 MAX_SET_ASIDE = 10
 """More items than this are no bad items but a bad run."""
@@ -49,7 +52,7 @@ def decide(rows: Sequence[Row], slurm: SlurmConfig) -> Decision:
         same_unit = all(frozenset(counted[n - 1]["in_flight"]) == frozenset(last["in_flight"]) for n in alike)
         if len(alike) > 1 and not (same_unit and last["in_flight"]):
             return Decision(False, f"failed: the same exception in generations {alike[-2]} and {alike[-1]}: {error}")
-    idle = generations_without_progress(counted)
+    idle = generations_without_progress(counted, slurm.save_every_s)
     if idle >= slurm.no_progress_generations:
         working = f" on {_units(last['in_flight'])}" if last["in_flight"] else ""
         return Decision(
@@ -67,16 +70,28 @@ def since_resume(rows: Sequence[Row]) -> list[Row]:
     return [row for row in rows if not row.get("before_resume")]
 
 
-def generations_without_progress(rows: Sequence[Row]) -> int:
-    """How many of the last generations made no unit durable; those stopped from outside before any work do not count."""
+def generations_without_progress(rows: Sequence[Row], save_every_s: float) -> int:
+    """How many of the last generations made nothing durable, of those that had a fair chance to."""
     idle = 0
     for row in reversed(rows):
-        if row["cause"] in NOT_AT_FAULT and row["done"] is None:
-            continue
         if row["units"] or row["progressed"]:
             break
-        idle += 1
+        idle += _had_a_chance(row, save_every_s)
     return idle
+
+
+def _had_a_chance(row: Row, save_every_s: float) -> bool:
+    """Whether a generation ran long enough for its lack of progress to say something about the job.
+
+    Stopped from outside (a person's SIGUSR1, a preemption), it had if it had worked for ``save_every_s``, within which every
+    work makes something durable. Stopped by the clock it had, since the next one gets no more; unless it was a late stage
+    of an allocation, most of which had gone to the stages before it. One that died had.
+    """
+    if row["cause"] in FROM_OUTSIDE:
+        return None not in (row["working"], row["ended"]) and bool(row["ended"] - row["working"] >= save_every_s)
+    if row["cause"] in BY_THE_CLOCK and None not in (row["launched"], row["ended"]):
+        return bool(row["started"] - row["launched"] <= max(row["ended"] - row["started"], LATE_S))
+    return True
 
 
 def items_set_aside(rows: Sequence[Row]) -> set[frozenset[str]]:

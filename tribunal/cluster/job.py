@@ -70,6 +70,8 @@ class Job(Generic[ConfigT]):
         uses: blocks of the experiment that its result depends on, besides its own section and its inputs.
         resources: what it asks of SLURM when the experiment says nothing.
         shards: whether its plan may be split over array tasks.
+        reads_all: it reads whatever has finished (its section has a field ``after``): it comes last, and is made anew, not
+            refused, when that changed.
     """
 
     name: ClassVar[str]
@@ -77,6 +79,7 @@ class Job(Generic[ConfigT]):
     uses: ClassVar[tuple[str, ...]] = ("model", "dataset", "seed")
     resources: ClassVar[SlurmJob] = SlurmJob(time="4:00:00", nodes=1, gpus=1, cpus=8, mem_gb=64)
     shards: ClassVar[bool] = False
+    reads_all: ClassVar[bool] = False
 
     def __init__(self, experiment: Experiment, shard: Shard | None = None) -> None:
         self.experiment = experiment
@@ -160,13 +163,22 @@ class Job(Generic[ConfigT]):
 
     # What the runner asks ---------------------------------------------------------------------------------------------
 
+    def inputs(self) -> dict[str, str | None]:
+        """Digest of each result that it reads; None for a job that has not finished."""
+        return {job: self._input_digest(job) for job in self.needs}
+
+    @property
+    def after(self) -> tuple[str, ...]:
+        """Jobs that it waits for under SLURM unless they are given up: it reads their results where there are any."""
+        return ()
+
     def fingerprint(self) -> Json:
         """Everything that can change this job's result, as plain JSON: a resume under another one is refused."""
         values: dict[str, Any] = {self.name: self.config.fingerprint()}
         for block in self.uses:
             value = getattr(self.experiment, block)
             values[block] = value.fingerprint() if isinstance(value, Section) else value
-        values["inputs"] = {job: self._input_digest(job) for job in self.needs}
+        values["inputs"] = self.inputs()
         return values
 
     @property

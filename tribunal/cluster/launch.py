@@ -69,7 +69,7 @@ def main(job: str, argv: Sequence[str] | None = None) -> None:
 
 def arguments(program: str) -> argparse.ArgumentParser:
     """What every job takes on its command line."""
-    parser = argparse.ArgumentParser(prog=program)
+    parser = argparse.ArgumentParser(prog=program, allow_abbrev=False)
     parser.add_argument("experiment", type=Path, help="the experiment file, e.g. experiments/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes on top of the file")
     parser.add_argument("--shard", metavar="I/N", help="work on shard I of N (0-based); in SLURM by default the array's task")
@@ -209,7 +209,7 @@ def _finish_shard(job: Job[Any], stop: StopSignal, meeting: Meeting | None, quie
         if meeting is not None:
             meeting.open(job.epoch)
         _say(f"{job.name}: {'resuming' if resumed else 'starting'}", quiet)
-        if not job.marker.exists() and not _generation(job, ledger, stop, display, lease, quiet):
+        if not job.marker.exists() and not _generation(job, ledger, stop, display, lease, quiet, meeting):
             if lease.held():
                 return False
             raise LeaseHeld(f"{what} was taken over by a later start; this process has stopped and nothing that it still wrote is read")
@@ -218,7 +218,9 @@ def _finish_shard(job: Job[Any], stop: StopSignal, meeting: Meeting | None, quie
     return True
 
 
-def _generation(job: Job[Any], ledger: Ledger, stop: StopSignal, display: ProgressDisplay, lease: Lease, quiet: bool) -> bool:
+def _generation(
+    job: Job[Any], ledger: Ledger, stop: StopSignal, display: ProgressDisplay, lease: Lease, quiet: bool, meeting: Meeting | None
+) -> bool:
     """Run this shard's work until it is complete (True, its marker written) or stopped with everything durable (False)."""
     ledger.start(str(job.shard), job.epoch, launched=job.launched)
     began, saved = time.monotonic(), saving.seconds
@@ -231,6 +233,8 @@ def _generation(job: Job[Any], ledger: Ledger, stop: StopSignal, display: Progre
         ledger.work(str(job.shard), job.epoch, done=before.done, total=before.total, unit=before.unit)
         with display.watching(work):
             finished = work.run(stop)
+        if meeting is not None:
+            meeting.leave_together()
         now = work.progress()
         units = now.done - before.done
         cause = "finished" if finished else (stop.cause or "stopped")
@@ -271,7 +275,9 @@ def run_rank(job: Job[Any], meeting: Meeting) -> int:
     job.epoch = meeting.join()
     stop = own_stop(job)
     try:
-        return FINISHED if job.build().run(stop) else CONTINUE
+        finished = job.build().run(stop)
+        meeting.leave_together()
+        return FINISHED if finished else CONTINUE
     finally:
         job.close()
 

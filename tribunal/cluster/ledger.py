@@ -14,6 +14,7 @@ from tribunal.core.storage import storage_errors
 
 Row = dict[str, Any]
 _START = ("shard", "epoch", "host", "pid", "job", "restarts", "gpus", "launched")
+_TIMES = ("working", "ended", "left")
 _LATER = (
     "cause",
     "seconds",
@@ -96,9 +97,11 @@ class Ledger:
                 for row in rows.values():
                     row["before_resume"] = True
             elif event["event"] == "start":
-                blank: Row = {**dict.fromkeys(_LATER), "cause": "killed", "in_flight": [], "before_resume": False}
-                rows[key] = {**{name: event.get(name) for name in _START}, "started": event["time"], "ended": None, "left": None, **blank}
+                blank: Row = {**dict.fromkeys((*_TIMES, *_LATER)), "cause": "killed", "in_flight": [], "before_resume": False}
+                rows[key] = {**{name: event.get(name) for name in _START}, "started": event["time"], **blank}
             elif key in rows:
+                if event["event"] == "work":
+                    rows[key]["working"] = event["time"]
                 settled = ("cause", "error") if rows[key]["next"] is not None and event["event"] != "decided" else ()
                 rows[key].update({name: event[name] for name in _LATER if name in event and name not in settled})
                 if event["event"] == "end":

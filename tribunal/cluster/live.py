@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from tribunal.cluster import local, queue, snapshot
 from tribunal.cluster.job import root
 from tribunal.cluster.ledger import Ledger
+from tribunal.cluster.resubmission import shards_of_script
 
 
 class Task(NamedTuple):
@@ -87,8 +88,9 @@ def _add_slurm(found: Tasks, experiment: str, seen: queue.Snapshot, records: Seq
         elif each > 1:
             for rank in range(each):
                 _put(shards, rank, task)
-        elif match := re.fullmatch(r"continue-(\d+)-of-(\d+)\.sbatch", Path(entry.script).name):
-            _put(shards, int(match[1]) if int(match[2]) > 1 else None, task)
+        elif (continued := shards_of_script(entry.script)) is not None:
+            for shard in continued:
+                _put(shards, shard, task)
         elif entry.id in by_id and by_id[entry.id][1] is not None:
             _put(shards, by_id[entry.id][1], task)
         else:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tribunal.cluster import snapshot
+from tribunal.cluster import preemption, snapshot
 from tribunal.cluster.budget import FINAL, decide
 from tribunal.cluster.job import Job
 from tribunal.cluster.launch import CONTINUE, FINISHED, run
@@ -165,6 +165,9 @@ def run_generation(job: Job[Any]) -> int:
     rows = ledger.generations(shard)
     if code == FINISHED or not rows or not rows[-1]["ended"]:
         return code
+    end, lead_s = float(os.environ["TRIBUNAL_END_TIME"]), job.experiment.slurm.signal_lead_s
+    if rows[-1]["cause"] == "time limit" and preemption.asked_early(end, lead_s):
+        rows[-1]["cause"] = "asked"
     decision = decide(rows, job.experiment.slurm)
     resumable = decision.go_on or rows[-1]["cause"] in FINAL
     ledger.decided(shard, rows[-1]["epoch"], next="local" if decision.go_on else "nothing", why=decision.why, cause=rows[-1]["cause"])

@@ -12,8 +12,14 @@ from tribunal.core import registry
 from tribunal.core.config import Experiment
 from tribunal.core.errors import ConfigError
 
+CALIBRATE = ("generate_traces", "label_traces", "extract_activations", "train_probes")
+CROSS_EXAMINE = ("monitor_traces", "steer", "select_answers", "attribute_direction", "transfer_probes")
+ORACLE = ("label_sentences", "train_oracle", "evaluate_oracle")
 PIPELINES: dict[str, tuple[str, ...]] = {
-    "calibrate": ("generate_traces", "label_traces", "extract_activations", "train_probes"),
+    "calibrate": CALIBRATE,
+    "cross_examine": (*CROSS_EXAMINE, "report"),
+    "oracle": (*ORACLE, "report"),
+    "trial": (*CALIBRATE, *CROSS_EXAMINE, *ORACLE, "report"),
 }
 
 

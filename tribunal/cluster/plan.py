@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ class Planned:
         indices: the array elements to run, of ``resources.array``.
         parents: jobs of this plan that it waits for.
         after: ids, submitted earlier, that it waits for as well.
+        overrides: on top of the submitted experiment.
     """
 
     job: Job[Any]
@@ -32,6 +34,7 @@ class Planned:
     indices: tuple[int, ...]
     parents: tuple[str, ...]
     after: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
 
     @property
     def array(self) -> bool:
@@ -64,7 +67,9 @@ def make_plan(experiment: Experiment, names: Sequence[str], queued: Mapping[str,
     plan = Plan(experiment)
     for name in sorted(dict.fromkeys(wanted), key=_depth):
         job = make_job(name, experiment)
-        if finished(job):
+        coming = [planned.job.name for planned in plan.jobs]
+        waits = tuple(dict.fromkeys([*coming, *(other for other in queued if other != name)])) if job.reads_all else job.needs
+        if finished(job) and not (job.reads_all and waits):
             plan.skipped.append((name, "finished before"))
             continue
         resources = resolve(job)
@@ -77,10 +82,9 @@ def make_plan(experiment: Experiment, names: Sequence[str], queued: Mapping[str,
             continue
         _refuse_changed(job)
         job.check()
-        coming = {planned.job.name for planned in plan.jobs}
         after = []
-        for needed in job.needs:
-            if needed in coming or finished(make_job(needed, experiment)):
+        for needed in waits:
+            if needed in coming or (not job.reads_all and finished(make_job(needed, experiment))):
                 continue
             if not queued.get(needed):
                 raise UserError(
@@ -88,7 +92,8 @@ def make_plan(experiment: Experiment, names: Sequence[str], queued: Mapping[str,
                     f"'{experiment.name}'; submit it as well: tribunal submit {experiment.path} {needed} {name}"
                 )
             after += sorted(set(queued[needed].values()))
-        plan.jobs.append(Planned(job, resources, indices, tuple(need for need in job.needs if need in coming), tuple(after)))
+        overrides = (f"{name}.after=[{','.join(waits)}]",) if job.reads_all else ()
+        plan.jobs.append(Planned(job, resources, indices, tuple(need for need in waits if need in coming), tuple(after), overrides))
     return plan
 
 
@@ -134,7 +139,7 @@ def check_folders(experiment: Experiment) -> None:
 def _refuse_changed(job: Job[Any]) -> None:
     """Refuse a configuration that the job would refuse on its first start (inputs that are still to come left out)."""
     path = job.state / STARTED
-    if not path.exists():
+    if job.reads_all or not path.exists():
         return
     mine, theirs = job.fingerprint(), read_json(path)
     coming = {name for name, digest in mine["inputs"].items() if digest is None}
@@ -147,9 +152,11 @@ def _refuse_changed(job: Job[Any]) -> None:
 
 
 def _depth(name: str) -> tuple[int, str]:
-    """Longest way down the graph of needs, so that parents come first."""
+    """Longest way down the graph of needs, so that parents come first; what reads all comes last."""
 
     def depth(job: str) -> int:
+        if job_kind(job).reads_all:
+            return sys.maxsize
         return 1 + max((depth(need) for need in job_kind(job).needs), default=0)
 
     return depth(name), name

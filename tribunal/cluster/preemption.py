@@ -12,6 +12,7 @@ import time
 from types import FrameType
 
 CAUSES = {signal.SIGUSR1: "time limit", signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
+EARLY_S = 120
 _noted: list[str] = []
 _previous: dict[int, object] = {}
 
@@ -94,6 +95,15 @@ class StopSignal:
             return False
         self._saved_at = time.monotonic()
         return True
+
+
+def asked_early(end: float | None, lead_s: float) -> bool:
+    """Whether a SIGUSR1 that comes now is a person's, or a drill's: SLURM's own comes up to a minute before it was asked for.
+
+    Args:
+        end: when the job has to end (seconds since the epoch); None where nobody knows.
+    """
+    return end is not None and time.time() < end - lead_s - EARLY_S
 
 
 def deadline_from_environment(lead_s: float) -> float | None:

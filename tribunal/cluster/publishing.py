@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -54,8 +55,11 @@ def publish(job: Job[Any], ledger: Ledger, notes: Sequence[Json]) -> None:
             fsync_folder(staging)
             if not lease.held():
                 raise LeaseHeld(f"{job.experiment.name}/{job.name} was taken over by another process, which will publish it")
+            if job.reads_all and job.results.exists():  # made of what there was then
+                job.results.rename(job.results.parent / f".{job.name}.staging-{lease.epoch}-old")
             staging.rename(job.results)
             fsync_folder(job.results.parent)
+            shutil.rmtree(job.results.parent / f".{job.name}.staging-{lease.epoch}-old", ignore_errors=True)
     clear_state(job)
 
 
@@ -63,7 +67,8 @@ def already_finished(job: Job[Any]) -> bool:
     """Whether the job's results stand, for this very configuration.
 
     Raises:
-        ConfigError: they stand for another configuration or for other inputs; names each difference.
+        ConfigError: they stand for another configuration or for other inputs; names each difference (a job that reads all is
+            made anew).
     """
     receipt = receipts.read_receipt(job.results)
     if receipt is None:
@@ -72,6 +77,8 @@ def already_finished(job: Job[Any]) -> bool:
     if not differences:
         clear_state(job)  # a kill between the rename and the clean-up leaves it behind
         return True
+    if job.reads_all:
+        return False
     if all(line.startswith("inputs.") for line in differences):
         changed = ", ".join(line.partition(":")[0].removeprefix("inputs.") for line in differences)
         raise ConfigError(f"{job.results} is stale: the results of {changed} changed since; remove that folder to make it anew")
@@ -106,7 +113,9 @@ def claim_state(job: Job[Any]) -> None:
         write_json(path, mine)
         return
     differences = compare(read_json(path), mine)
-    if differences:
+    if differences and job.reads_all:
+        write_json(path, mine)
+    elif differences:
         raise ConfigError(
             f"{job.state} was started with another configuration ({'; '.join(differences)}). "
             "Give the experiment another name to start a second run, or remove that folder to start over."
@@ -183,6 +192,10 @@ def _commit() -> str | None:
 
 def clear_state(job: Job[Any]) -> None:
     """Remove the state of a published job, and the experiment's folder when it is the last."""
-    shutil.rmtree(job.state, ignore_errors=True)
+    for _ in range(50):
+        shutil.rmtree(job.state, ignore_errors=True)
+        if not job.state.exists():
+            break
+        time.sleep(0.1)  # another task of the step is writing its last note there
     with suppress(OSError):
         job.state.parent.rmdir()

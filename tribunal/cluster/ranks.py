@@ -19,6 +19,7 @@ from tribunal.core.errors import UserError
 from tribunal.core.storage import read_json, storage_errors, write_json
 
 JOIN_WAIT_S = 600.0
+LEAVE_WAIT_S = 30.0
 POLL_S = 0.1
 
 
@@ -57,6 +58,12 @@ class Meeting:
         _set_rank(self.start, facts)
         return int(facts["epoch"])
 
+    def leave_together(self) -> None:
+        """Wait until every rank is out of its last collective call: one whose peer is gone by then would fail in it."""
+        if self._ready():
+            write_json(self.folder / f"out-{self.start.rank}.json", {})
+            self._wait_for_all("out", time.time() + LEAVE_WAIT_S)
+
     def report(self, code: int, asked: Sequence[str]) -> None:
         """Say how this rank ended, and what had been asked of it."""
         if self._ready():
@@ -68,8 +75,11 @@ class Meeting:
 
     def wait_for_all(self, until: float) -> bool:
         """Wait until every rank has reported, or until that time (seconds since the epoch)."""
-        while time.time() < until:
-            if all((self.folder / f"rank-{rank}.json").exists() for rank in range(self.start.ranks)):
+        return self._wait_for_all("rank", until)
+
+    def _wait_for_all(self, kind: str, until: float) -> bool:
+        while time.time() < until and self.folder.exists():  # gone: the results are published
+            if all((self.folder / f"{kind}-{rank}.json").exists() for rank in range(self.start.ranks)):
                 return True
             time.sleep(POLL_S)
         return False
@@ -107,10 +117,16 @@ def _set_rank(start: Start, facts: Mapping[str, Any]) -> None:
     os.environ.update(
         RANK=str(start.rank),
         WORLD_SIZE=str(start.ranks),
-        LOCAL_RANK=os.environ.get("SLURM_LOCALID", "0"),
+        LOCAL_RANK=local_rank(os.environ),
         MASTER_ADDR=str(facts["address"]),
         MASTER_PORT=str(facts["port"]),
     )
+
+
+def local_rank(env: Mapping[str, str]) -> str:
+    """Number of this rank's device among those it sees: 0 where SLURM shows each task its own GPU alone (``--gpus-per-task``)."""
+    sees = [device for device in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    return "0" if len(sees) == 1 else env.get("SLURM_LOCALID", "0")
 
 
 def _address() -> str:

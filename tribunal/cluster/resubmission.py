@@ -8,6 +8,7 @@ start one alone asks, and a submission whose answer was lost is found again inst
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -46,7 +47,7 @@ class Continuation:
     def __init__(self, job: Job, start: Start, command: Sequence[str], *, until: float) -> None:
         self.job = job
         self.start = start
-        self.command = list(command)
+        self.command = _without_shard(command)
         self.until = until
         self.meeting = Meeting(job.state, start)
         key = sha256_json({"owner": job.owner, "state": str(job.state), "shard": str(job.shard), "start": start.name})
@@ -101,7 +102,7 @@ class Continuation:
     # a new id --------------------------------------------------------------------------------------------------------
 
     def _submit(self, facts: JobFacts | None, delay_s: int) -> Outcome:
-        script = self.job.state / f"continue-{self.job.shard}.sbatch"
+        script = self.job.state / script_name(self.shards(), self.job.shard.count)
         write_atomic(script, self.script(facts))
         environment = slurm.clean_environment()
         asked = False
@@ -140,11 +141,18 @@ class Continuation:
         options = [*_options(facts, self.job), f"--comment={self.comment}", "--open-mode=append"]
         options += [f"--signal=USR1@{self.job.experiment.slurm.signal_lead_s}"]
         header = "\n".join(f"#SBATCH {option}" for option in options)
-        shard = [f"--shard={self.job.shard.index}/{self.job.shard.count}"] if self.job.shard.count > 1 else []
+        mine, count = self.shards(), self.job.shard.count
+        shard = slurm.shard_argument(str(mine[0]), len(mine), count) if count > 1 else ""
         cpus = os.environ.get("SLURM_CPUS_PER_TASK")
         step = ["srun", "--kill-on-bad-exit=1", *([f"--cpus-per-task={cpus}"] if cpus else [])]
-        step += ["bash", "-c", 'trap "" USR1; exec "$@"', "tribunal", *self.command, *shard]
+        step += ["bash", "-c", slurm.step_shell(shard), "tribunal", *self.command]
         return f"#!/bin/bash\n{header}\ncd {shlex.quote(str(Path.cwd()))} || exit 1\nexec {shlex.join(step)}\n"
+
+    def shards(self) -> range:
+        """What this start works on: each task of a job that is split has the next shard."""
+        tasks = self.start.ranks if self.job.shards else 1
+        first = self.job.shard.index - (self.start.rank if tasks > 1 else 0)
+        return range(first, first + tasks)
 
     def _try(self, ask: Callable[[], Outcome]) -> Outcome | None:
         """Ask until there is an answer: again after a failure that may pass, with growing pauses; None when it is final."""
@@ -161,11 +169,33 @@ class Continuation:
             pause = min(2 * pause, 15.0)
 
 
+def script_name(shards: range, count: int) -> str:
+    """The continuation's file in the job's state; ``shards_of_script`` reads it back."""
+    last = f"-{shards[-1]}" if len(shards) > 1 else ""
+    return f"continue-{shards[0]}{last}-of-{count}.sbatch"
+
+
+def shards_of_script(script: str) -> list[int | None] | None:
+    """The shards that a continuation works on, from its path ([None]: a job that is not split); None for any other script."""
+    match = re.fullmatch(r"continue-(\d+)(?:-(\d+))?-of-(\d+)\.sbatch", Path(script).name)
+    if match is None:
+        return None
+    return [None] if int(match[3]) == 1 else list(range(int(match[1]), int(match[2] or match[1]) + 1))
+
+
+def _without_shard(command: Sequence[str]) -> list[str]:
+    """The command without its ``--shard``, which holds for one task alone."""
+    pairs = zip(["", *command], command)
+    return [word for before, word in pairs if before != "--shard" and not re.match(r"--shard(=|$)", word)]
+
+
 def _options(facts: JobFacts | None, job: Job) -> list[str]:
     env = os.environ
     options = [f"--job-name={env.get('SLURM_JOB_NAME', job.name)}"]
     if tasks := env.get("SLURM_NTASKS"):
         options.append(f"--ntasks={tasks}")
+    if each := env.get("SLURM_NTASKS_PER_NODE"):
+        options.append(f"--ntasks-per-node={each}")
     if cpus := env.get("SLURM_CPUS_PER_TASK"):
         options.append(f"--cpus-per-task={cpus}")
     if facts is None:

@@ -19,6 +19,7 @@ from tribunal.cluster.job import root
 from tribunal.cluster.plan import Planned
 from tribunal.cluster.prefetch import OFFLINE
 from tribunal.cluster.site import profile, site_environment, site_value
+from tribunal.cluster.slurm import shard_argument, step_shell
 from tribunal.core.errors import UserError
 from tribunal.core.storage import make_folder, write_atomic
 
@@ -44,7 +45,7 @@ def index_list(indices: Sequence[int]) -> str:
 
 def start_command(planned: Planned, code: Path, experiment_file: Path) -> list[str]:
     """The command that runs one generation of a job."""
-    return [sys.executable, "-u", str(code / snapshot.RUN_JOB), planned.job.name, str(experiment_file)]
+    return [sys.executable, "-u", str(code / snapshot.RUN_JOB), planned.job.name, str(experiment_file), *planned.overrides]
 
 
 def environment(code: Path, record: Path) -> dict[str, str]:
@@ -90,13 +91,13 @@ class Sbatch:
         return text
 
     def shard(self) -> str:
-        """Shell arithmetic, done by each task of the step, that says which shard it works on; empty where the job is not split."""
+        """The step's argument that says which shard a task works on; empty where the job is not split."""
         asked = self.planned.resources
         if asked.shards == 1:
             return ""
         element = "SLURM_ARRAY_TASK_ID" + (f" + {self.offset}" if self.offset else "") if self.array is not None else "0"
-        index = element if asked.shards_each == 1 else f"({element}) * {asked.shards_each} + SLURM_PROCID"
-        return f' --shard "$(({index}))/{asked.shards}"'
+        first = element if asked.shards_each == 1 else f"({element}) * {asked.shards_each}"
+        return shard_argument(first, asked.shards_each, asked.shards)
 
     def submit(self, dependency: Sequence[str], known: Sequence[str] = ()) -> str:
         """Write and queue the script; returns the job's id.
@@ -141,7 +142,6 @@ class Sbatch:
             throttle = f"%{asked.throttle}" if asked.throttle else ""
             more["array"] = index_list(self.array) + throttle
         gres = asked.gres or "gpu"
-        start = f'trap "" USR1; exec "$@"{self.shard()}'
         asks = {
             "job_name": self.name,
             "time": asked.minutes,
@@ -161,8 +161,7 @@ class Sbatch:
         return {key: value for key, value in asks.items() if value is not None} | {
             "stderr_to_stdout": True,
             "wckey": None,
-            # USR1 is ignored until Python's handlers stand: its default action would end an interpreter that is starting
-            "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={asked.cpus}", "bash", "-c", start, "tribunal"],
+            "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={asked.cpus}", "bash", "-c", step_shell(self.shard()), "tribunal"],
             "setup": self._setup(),
             "additional_parameters": more,
         }

@@ -159,6 +159,26 @@ def dependents(start: Start) -> dict[str, str]:
     return found
 
 
+def step_shell(shard: str = "") -> str:
+    """What ``bash -c`` does in each task of a step, with the command as its arguments.
+
+    USR1 is ignored until Python's handlers stand: its default action would end an interpreter that is starting.
+    """
+    return f'trap "" USR1; exec "$@"{shard}'
+
+
+def shard_argument(first: str, tasks: int, of: int) -> str:
+    """The argument that says which shard a task works on, worked out by the shell of each task of a step.
+
+    Args:
+        first: the shard of the step's task 0: a number, or shell arithmetic.
+        tasks: tasks of the step, on consecutive shards.
+        of: shards in all.
+    """
+    index = first if tasks == 1 else f"{first} + SLURM_PROCID"
+    return f' --shard "$(({index}))/{of}"'
+
+
 def clean_environment(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What a fresh submission may inherit: nothing that describes this job, but the way to the controller."""
     drop = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "PMI_", "PMIX_", "SUBMITIT_")

@@ -6,6 +6,7 @@ answer of squeue, so it still answers when SLURM has forgotten a job or is away.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -106,6 +107,19 @@ def report(experiment: str, seen: queue.Snapshot | None = None) -> Report:
     return Report(experiment, rows, seen.age_s, seen.error if by_slurm else None)
 
 
+def unfinished(experiment: str) -> dict[str, str]:
+    """In words, what each job that was begun or submitted and has not finished is doing."""
+    said: dict[str, list[str]] = defaultdict(list)
+    for row in report(experiment, queue.read(fresh=True)).rows:
+        if row.state in ("finished", "stale"):
+            continue
+        shard = "" if row.shard is None else f"shard {row.shard} of {row.shards} "
+        units = "" if row.done is None else f", {row.done} of {row.total if row.total is not None else '?'} {row.unit or 'unit'}s"
+        why = row.why.partition("; tribunal resume")[0]
+        said[row.job].append(f"{shard}{row.state}{units}{f' ({why})' if why else ''}")
+    return {job: "; ".join(words[:4]) + ("; ..." if len(words) > 4 else "") for job, words in said.items()}
+
+
 def _jobs(experiment: str, submitted: Mapping[str, Any]) -> list[str]:
     from tribunal.cluster.launch import job_kind
     from tribunal.core import registry
@@ -145,7 +159,7 @@ def _job_rows(
             row.state, row.why = "complete", "its units are all there; the job waits for its other shards" if shards > 1 else ""
             row.rate = row.eta_s = None
         else:
-            _judge(row, state / "leases" / name, starts.get(name, []), task, entry, seen)
+            _judge(experiment, row, state / "leases" / name, starts.get(name, []), task, entry, seen)
         rows.append(row)
     return rows
 
@@ -164,8 +178,16 @@ def _finished(experiment: str, job: str, receipt: Mapping[str, Any], most: int |
         if other is not None and other["digest"] != digest:
             stale.append(need)
     if stale:
-        row.state, row.why = "stale", f"the results of {', '.join(stale)} changed since; remove its results folder to make it anew"
+        cure = "run it again" if _reads_all(job) else "remove its results folder to make it anew"
+        row.state, row.why = "stale", f"the results of {', '.join(stale)} changed since; {cure}"
     return row
+
+
+def _reads_all(job: str) -> bool:
+    from tribunal.cluster.launch import job_kind
+    from tribunal.core import registry
+
+    return job in registry.names("jobs") and job_kind(job).reads_all
 
 
 def _fill(row: Row, starts: Sequence[Mapping[str, Any]], entry: Mapping[str, Any] | None) -> None:
@@ -188,6 +210,7 @@ def _fill(row: Row, starts: Sequence[Mapping[str, Any]], entry: Mapping[str, Any
 
 
 def _judge(
+    experiment: str,
     row: Row,
     lease: Path,
     starts: Sequence[Mapping[str, Any]],
@@ -197,7 +220,8 @@ def _judge(
 ) -> None:
     """State and reason of a shard that is not complete."""
     last = starts[-1] if starts else None
-    if last is not None and last["ended"] is None and _running(row, lease, task):
+    told = None if last is None or last["job"] is None else time.time() - seen.age_s
+    if last is not None and last["ended"] is None and _running(row, lease, task, told):
         row.state, row.id = "running", task.id if task else None
         return
     if task is not None:
@@ -205,7 +229,8 @@ def _judge(
         row.state = "waiting" if task.state == "PENDING" else "starting" if task.state == "RUNNING" else task.state.lower()
         return
     row.log = _log(row, last, entry)
-    again = f"; tribunal resume goes on (log: {row.log})" if row.log else "; tribunal resume goes on"
+    command = f"tribunal resume {experiment}" if entry else "the same sbatch again"
+    again = f"; to go on: {command}" + (f" (log: {row.log})" if row.log else "")
     by_slurm = last["job"] is not None if last is not None else entry is None or entry["cluster"] == "slurm"
     open_end = last is None or last["ended"] is None or last["next"] in ("requeue", "sbatch", "local")
     if last is None and entry is not None and entry["cancelled"]:
@@ -219,7 +244,7 @@ def _judge(
         else:
             row.state, row.why = "not started", f"{gone}{again}"
     elif last["ended"] is None:
-        row.state, row.why = "killed", f"ended without a word on {last['host']} (SIGKILL, out of memory, node lost?){again}"
+        row.state, row.why = "killed", f"ended without a word on {last['host']} (all of it killed: out of memory, node lost?){again}"
     elif last["next"] in ("requeue", "sbatch", "local"):
         if time.time() - last["ended"] < SETTLE_S:
             row.state, row.why = "waiting", "has just asked to be started again"
@@ -233,16 +258,23 @@ def _judge(
         row.why = why.removeprefix(f"{row.state}: ") + again
 
 
-def _running(row: Row, lease: Path, task: live.Task | None) -> bool:
-    """Whether the shard's process gives signs of life; takes its own word on how far it is."""
+def _running(row: Row, lease: Path, task: live.Task | None, told: float | None) -> bool:
+    """Whether the shard's process gives signs of life; takes its own word on how far it is.
+
+    Args:
+        told: when SLURM last said what runs (seconds since the epoch); None for a process that it knows nothing of.
+    """
     newest = max(lease.glob("epoch-*.json"), default=None)
     if newest is None:
         return False
     try:
-        holder, age_s = read_json(newest), time.time() - newest.stat().st_mtime
+        holder, beat = read_json(newest), newest.stat()
     except (UserError, OSError):
         return task is not None and task.state == "RUNNING"  # replaced while we looked
-    if holder.get("released") or (age_s > STILL_S and (task is None or task.state != "RUNNING")):
+    age_s = time.time() - beat.st_mtime
+    # asked since the last heartbeat, SLURM did not name it; it was asked for this user's jobs alone
+    gone = task is None and told is not None and beat.st_mtime < told and beat.st_uid == os.getuid()
+    if holder.get("released") or gone or (age_s > STILL_S and (task is None or task.state != "RUNNING")):
         return False
     facts = holder.get("facts", {})
     if facts.get("done") is not None:

@@ -185,12 +185,15 @@ class _Supervisor:
             self._decided(row, "requeue", decision.why)  # a requeue ends this process within moments
             then, how, continuation = Continuation(self.job, self.start, self.command, until=until).go_on(facts)
             why = f"{decision.why}; {how}"
-        if then != "requeue" and not (decision.go_on and then == "nothing"):  # another process has decided
+        elsewhere = decision.go_on and then == "nothing"  # another task of the step resubmits
+        if then != "requeue" and not elsewhere:
             self._decided(row, then, why, continuation)
         resumable = decision.go_on or row["cause"] in budget.FINAL
         print(f"{self.job.name}: {why}", flush=True)
         if not resumable:
             print(f"error: {self.job.name} is not resubmitted: {why}", file=sys.stderr, flush=True)
+        if elsewhere:
+            return FINISHED  # anything but 0 here would have the step killed while that task asks
         return CONTINUE if resumable and (code == CONTINUE or self.leads) else 1
 
     def _settle(self, pid: int, status: int, code: int, facts: JobFacts | None) -> Row:
@@ -200,8 +203,8 @@ class _Supervisor:
         if row is None:  # it ended before it had the lease, or on another rank
             epoch = -len(self.ledger.generations(self.shard)) - 1
             self._note(lambda: self.ledger.start(self.shard, epoch))
-            row = {**dict.fromkeys(("error", "ended", "asked", "done", "unit", "mendable", "progressed")), "in_flight": [], "units": 0}
-            row.update(epoch=epoch, started=time.time(), cause="failed" if code == 1 else "stopped")
+            row = {**dict.fromkeys(("error", "ended", "asked", "done", "unit", "mendable", "working")), "in_flight": [], "units": 0}
+            row.update(epoch=epoch, launched=self.job.launched, started=time.time(), cause="failed" if code == 1 else "stopped")
         asked = (preemption.noted() or [row["asked"]])[0] if row["ended"] is None else row["cause"]
         if asked == "stopped":
             asked = (self.meeting.asked() or ["asked"])[0]  # another rank heard it
@@ -222,12 +225,14 @@ class _Supervisor:
         if row["ended"] is None:
             seconds = time.time() - row["started"]
             self._note(lambda: self.ledger.end(self.shard, row["epoch"], seconds=seconds, units=row["units"], **changed))
+            row["ended"] = row["started"] + seconds
         return row
 
     def _asked_by(self, noted: str, facts: JobFacts | None) -> str:
         """Who wanted the stop, from the first signal and the controller's view of the job."""
+        lead_s = self.job.experiment.slurm.signal_lead_s
         if facts is None:
-            return noted
+            return "asked" if noted == "time limit" and preemption.asked_early(self.end, lead_s) else noted
         if facts.restarts > self.start.restarts:
             return "requeued"
         if facts.preempted:
@@ -236,10 +241,7 @@ class _Supervisor:
             return "time limit"
         if self._cancelled(facts):
             return "cancelled"
-        lead = self.job.experiment.slurm.signal_lead_s
-        if noted == "time limit" and facts.end is not None and time.time() < facts.end - lead - 120:
-            return "asked"  # SIGUSR1 long before the limit: a person, or a drill
-        return noted
+        return "asked" if noted == "time limit" and preemption.asked_early(facts.end, lead_s) else noted
 
     def _cancelled(self, facts: JobFacts | None) -> bool:
         if facts is None or facts.restarts > self.start.restarts or facts.timed_out or facts.preempted:

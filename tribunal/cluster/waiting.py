@@ -13,6 +13,7 @@ from typing import Any
 
 from tribunal.cluster import slurm
 from tribunal.cluster.job import Job, root
+from tribunal.cluster.launch import job_kind
 from tribunal.cluster.ledger import Ledger
 from tribunal.cluster.resubmission import Continuation
 from tribunal.cluster.slurm import SlurmError, Start
@@ -20,7 +21,7 @@ from tribunal.core import receipts
 from tribunal.core.errors import InputMissing
 from tribunal.core.storage import make_folder, read_json, write_json
 
-CONTINUE = 75
+FINISHED, CONTINUE = 0, 75
 FIRST_DELAY_S, LONGEST_DELAY_S = 15, 600
 MAX_WAITS = 200
 
@@ -32,12 +33,15 @@ def wait_for_inputs(job: Job[Any], start: Start, command: Sequence[str]) -> int 
         InputMissing: a parent has been given up, or this job has been put back too often.
     """
     results = root() / "results" / job.experiment.name
-    missing = [needed for needed in job.needs if receipts.read_receipt(results / needed) is None]
+    missing = [needed for needed in (*job.needs, *job.after) if receipts.read_receipt(results / needed) is None]
+    hopeless = {needed: why for needed in missing if (why := given_up(job, needed))}
+    for needed, why in hopeless.items():
+        if needed in job.needs:
+            raise InputMissing(f"{job.name} reads the results of {needed}, which has ended without any ({why}); mend that and run it again")
+        print(f"{job.name}: goes on without {needed}, which has ended without results ({why})", flush=True)
+    missing = [needed for needed in missing if needed not in hopeless]
     if not missing:
         return None
-    for needed in missing:
-        if why := given_up(job, needed):
-            raise InputMissing(f"{job.name} reads the results of {needed}, which has ended without any ({why}); mend that and run it again")
     record = make_folder(job.state / "waiting") / f"{job.shard}.json"
     waits = read_json(record)["waits"] if record.exists() else 0
     names = ", ".join(missing)
@@ -52,11 +56,16 @@ def wait_for_inputs(job: Job[Any], start: Start, command: Sequence[str]) -> int 
         facts = None
     outcome = Continuation(job, start, command, until=time.time() + 30).go_on(facts, delay_s=delay)
     print(f"{job.name}: {outcome.why}", flush=True)
-    return CONTINUE
+    return CONTINUE if outcome.next != "nothing" else FINISHED  # anything but 0 would have the step killed while another task asks
 
 
 def given_up(job: Job[Any], needed: str) -> str | None:
-    """Why a parent will not go on by itself; None where it may (or has not begun)."""
+    """Why a parent, or what it reads itself, will not go on by itself; None where it may (or has not begun)."""
     ledger = Ledger(root() / "checkpoints" / job.experiment.name / needed / "generations.jsonl")
     latest = {row["shard"]: row for row in ledger.generations()}
-    return next((row["why"] or row["cause"] for row in latest.values() if row["next"] == "nothing" and not row["before_resume"]), None)
+    for row in latest.values():
+        if row["next"] == "nothing" and not row["before_resume"]:
+            return str(row["why"] or row["cause"])
+    results = root() / "results" / job.experiment.name
+    above = (one for one in job_kind(needed).needs if receipts.read_receipt(results / one) is None)
+    return next((f"{one}: {why}" for one in above if (why := given_up(job, one))), None)

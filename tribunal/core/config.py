@@ -103,7 +103,7 @@ class SlurmConfig(SlurmJob):
     signal_lead_s: int = Field(300, ge=0, description="seconds before the limit at which SLURM sends SIGUSR1")
     save_every_s: float = Field(600, gt=0, description="unfinished state is saved at least this often")
     max_generations: int = Field(50, ge=1, description="starts of one job, over time limits and preemptions")
-    no_progress_generations: int = Field(2, ge=1, description="generations without one durable unit before giving up")
+    no_progress_generations: int = Field(2, ge=1, description="generations that had the time and made no unit durable, before giving up")
     jobs: dict[str, SlurmJob] = {}
 
 

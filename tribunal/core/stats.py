@@ -87,7 +87,8 @@ def ece(logits_N: Floats, labels_N: NDArray[np.int64], weights_RN: Floats, *, n_
 
 
 METRICS: Mapping[str, Metric] = {"auroc": auroc, "accuracy": accuracy, "balanced_accuracy": balanced_accuracy, "brier": brier, "ece": ece}
-LOWER_IS_BETTER = frozenset({"brier", "ece"})
+LOWER_IS_BETTER = frozenset({"brier", "ece", "share_of_trace", "tokens_in_traces"})
+"""Names of metrics, those that single jobs report too."""
 WITHIN_PROBLEM_PAIRS = "within_problem_pairs"
 
 

@@ -80,6 +80,22 @@ def grade_continuation(response: str, gold: str) -> Grade:
     return Grade("correct" if whole else "incorrect", stated)
 
 
+def same(first: str, second: str) -> bool:
+    """Whether two extracted answers state the same: equal as text, as numbers, as words, or for math-verify.
+
+    Mathematics that cannot be compared counts as different.
+    """
+    if _squeezed(first) == _squeezed(second):
+        return True
+    numbers = _numbers.read(first), _numbers.read(second)
+    if numbers[0] is not None and numbers[1] is not None:
+        return _numbers.same(numbers[0], numbers[1])
+    words = _plain_words(first), _plain_words(second)
+    if all(_WORDS.fullmatch(text) for text in words):
+        return words[0] == words[1]
+    return _symbolic.compare(_bare(first), _bare(second)) == "equal"
+
+
 def is_number(text: str) -> bool:
     """Whether a gold answer reads as one number (with at most a unit)."""
     return _numbers.read(text) is not None

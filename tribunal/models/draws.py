@@ -3,6 +3,7 @@
 A token is drawn as ``argmax(logits / T + Gumbel noise)``, which has exactly the softmax's distribution (Gumbel-max).
 The noise comes from an integer hash of the counters, so there is no generator state to save: batch size, order,
 device count and interruption cannot change which draw a token gets. Integer arithmetic wraps alike on CPU and GPU.
+Plans are ordered by ``order_key`` when an experiment is checked, so torch is imported where noise is made.
 
 Shapes: B rows, V vocabulary.
 """
@@ -13,8 +14,10 @@ import functools
 import hashlib
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN64 = 0x9E3779B97F4A7C15
@@ -64,6 +67,8 @@ def _finalise(x: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=4)
 def _token_counters(vocab: int, device: torch.device) -> torch.Tensor:
+    import torch
+
     return torch.arange(vocab, dtype=torch.int32, device=device) * _signed(0x9E3779B1)
 
 
@@ -79,6 +84,8 @@ def gumbel(keys: Sequence[tuple[int, int]], vocab: int, device: torch.device | s
     Returns:
         float32 [B, V], finite.
     """
+    import torch
+
     words = torch.tensor(keys, dtype=torch.int32, device=device)
     x_BV = _token_counters(vocab, words.device)[None, :] + words[:, :1]
     x_BV = _finalise(x_BV)

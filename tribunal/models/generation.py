@@ -4,7 +4,7 @@ A wave is a fixed queue of requests. At every step each live row gets one token;
 requests join in its slot after a prefill of their own. Who joins which step, in which shapes, is a pure function of
 the queue, the number of slots and the sampled tokens, and a draw depends on its own counters only
 (``tribunal.models.draws``). A wave that was cut off is therefore continued from its saved keys and values, or
-replayed from its start, with the same bytes.
+replayed from its start, with the same bytes. Rows may be steered while they are generated, each its own way.
 
 Shapes: B rows, V vocabulary.
 """
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from tribunal.core.storage import sha256_json
 from tribunal.core.work import Checkpoints, Never, Stop
 from tribunal.models import draws
 from tribunal.models.cache import SlotCache
+from tribunal.models.residual import Steering, residual_hooks
 
 PREFILL_TOKENS = 8192
 """Padded prompt tokens in one prefill pass. Fixed, since it decides shapes."""
@@ -41,6 +43,7 @@ class Request(NamedTuple):
     prompt_ids: list[int]
     max_new_tokens: int
     stream: int  # draws.stream(seed, problem, sample)
+    intervention: str = ""  # one of the sampler's steering, from the prompt's last token on
 
 
 class Finished(NamedTuple):
@@ -53,6 +56,16 @@ class Finished(NamedTuple):
     continued: bool
 
 
+class Token(NamedTuple):
+    """One sampled token of one request. ``logprob`` as in ``Finished``."""
+
+    key: str
+    index: int  # type: ignore[assignment]  # of the token in the completion; hides tuple.index
+    token: int
+    logprob: float
+    finish_reason: str | None  # None: the request goes on
+
+
 @dataclass
 class Row:
     """A live request: what it has sampled so far."""
@@ -62,6 +75,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     continued: bool = False
+    finish_reason: str | None = None
 
 
 @dataclass
@@ -90,6 +104,10 @@ class Sampler:
         max_cache_gb: keys and values beyond this are not saved on a stop; the tokens are, and the cache is
             computed again on resume (``continued``: equal up to rounding, not to the byte).
         slots_field: how the user calls ``slots``, for the error when memory runs out.
+        steering: the interventions that requests may name.
+        around_prefill: called with the request keys of each prefill batch, by row, and entered around its forward pass;
+            a position in ``prompt_ids`` is the position in the row. What it does must be a function of the keys, or a
+            resumed wave is another one. Requests with equal prompts do not share a row then.
     """
 
     def __init__(
@@ -103,6 +121,8 @@ class Sampler:
         top_k: int = 0,
         max_cache_gb: float = math.inf,
         slots_field: str = "slots",
+        steering: Steering | None = None,
+        around_prefill: Callable[[Sequence[str]], AbstractContextManager[None]] | None = None,
     ) -> None:
         layer_types = set(getattr(model.config, "layer_types", None) or ["full_attention"])
         if unknown := layer_types - {"full_attention", "sliding_attention"}:
@@ -116,6 +136,8 @@ class Sampler:
         self.temperature = temperature
         self.max_cache_gb = max_cache_gb
         self.slots_field = slots_field
+        self.steering = steering
+        self.around_prefill = around_prefill
         self.settings = {"slots": slots, "temperature": temperature, "top_p": top_p, "top_k": top_k}
         self.warp = LogitsProcessorList()
         if temperature not in (0, 1):
@@ -142,8 +164,21 @@ class Sampler:
             UserError: the memory does not hold the wave's batch; names the setting to lower.
             ModelError: the model's output is not a number.
         """
-        stop = stop or Never()
-        checkpoints = checkpoints or _Nowhere()
+        for drawn in self._loop(requests, stop or Never(), checkpoints or _Nowhere()):
+            done = [Finished(r.request.key, r.tokens, r.logprobs, r.finish_reason, r.continued) for r in drawn if r.finish_reason]
+            if done:
+                yield done
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[list[Token]]:
+        """Sample a wave as ``run`` does, yielding each token when it is drawn; not resumable.
+
+        Raises: as ``run``.
+        """
+        for drawn in self._loop(requests, Never(), _Nowhere()):
+            yield [Token(r.request.key, len(r.tokens) - 1, r.tokens[-1], r.logprobs[-1], r.finish_reason) for r in drawn]
+
+    def _loop(self, requests: Sequence[Request], stop: Stop, checkpoints: Checkpoints) -> Iterator[list[Row]]:
+        """The engine: after each forward pass, the rows that got a token from it."""
         try:
             wave = self._restore(requests, checkpoints) or Wave(requests, SlotCache(min(self.slots, len(requests))))
             while wave.rows or wave.waiting:
@@ -152,11 +187,10 @@ class Sampler:
                     return
                 if stop.save_due():
                     self._save(wave, checkpoints)
-                done = self._join(wave) if self._may_join(wave) else []
+                if self._may_join(wave):
+                    yield self._join(wave)
                 if wave.rows:
-                    done += self._step(wave)
-                if done:
-                    yield done
+                    yield self._step(wave)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error):
                 raise UserError(
@@ -170,54 +204,75 @@ class Sampler:
         return wave.waiting > 0 and (not wave.rows or free * REFILL_SHARE >= wave.cache.slots or free >= wave.waiting)
 
     @torch.no_grad()
-    def _join(self, wave: Wave) -> list[Finished]:
+    def _join(self, wave: Wave) -> list[Row]:
         """Fill the free slots: prefill, and draw the new rows' first tokens."""
         free = wave.cache.slots - len(wave.rows)
         new = [Row(i, wave.requests[i]) for i in range(wave.next, min(wave.next + free, len(wave.requests)))]
         wave.next += len(new)
-        logits_BV = self._prefill(wave, new, [row.request.prompt_ids for row in new])
+        logits_BV = self._prefill(wave, new)
         wave.rows += new
         return self._draw(wave, len(wave.rows) - len(new), logits_BV)
 
     @torch.no_grad()
-    def _step(self, wave: Wave) -> list[Finished]:
+    def _step(self, wave: Wave) -> list[Row]:
         """One more token for every live row."""
         cache = wave.cache
         positions, mask = cache.begin_step(self.device)
         last = torch.tensor([[row.tokens[-1]] for row in wave.rows], device=self.device)
-        logits = self.model(input_ids=last, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        with self._steered([row.request.intervention for row in wave.rows]):
+            logits = self.model(input_ids=last, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True).logits
         cache.end_step()
         return self._draw(wave, 0, logits[:, -1])
 
-    def _prefill(self, wave: Wave, rows: Sequence[Row], prompts: Sequence[list[int]]) -> torch.Tensor:
-        """Run token sequences and put their keys and values into free slots; return the logits after each, [B, V].
+    def _prefill(self, wave: Wave, rows: Sequence[Row]) -> torch.Tensor:
+        """Put the keys and values of rows (their last token's excepted) into free slots; return the logits after each, [B, V].
 
-        Equal sequences (samples of one problem) are run once. Right padding needs no mask: a causal model's real
-        tokens never see it, and only real columns are copied.
+        Equal sequences under equal interventions (samples of one problem) are run once. Right padding needs no mask: a
+        causal model's real tokens never see it, and only real columns are copied.
         """
+        sequences = [(*row.request.prompt_ids, *row.tokens[:-1]) for row in rows]
         logits = []
-        for chunk in _chunks(prompts):
-            unique = list(dict.fromkeys(tuple(prompts[i]) for i in chunk))
-            longest = max(map(len, unique))
-            ids = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in unique], device=self.device)
-            ends = sorted({len(ids) - 1 for ids in unique})
+        for chunk in _chunks(sequences):
+            runs = [self._run_of(rows[i], sequences[i]) for i in chunk]
+            unique = list(dict.fromkeys(runs))
+            longest = max(len(run.ids) for run in unique)
+            ids = torch.tensor([[*run.ids, *[run.ids[-1]] * (longest - len(run.ids))] for run in unique], device=self.device)
+            ends = sorted({len(run.ids) - 1 for run in unique})
             prefilled = DynamicCache()
             positions = torch.arange(longest, device=self.device).expand(len(unique), -1)
-            out = self.model(
-                input_ids=ids,
-                position_ids=positions,
-                past_key_values=prefilled,
-                use_cache=True,
-                logits_to_keep=torch.tensor(ends, device=self.device),
-            )
-            place = {ids: n for n, ids in enumerate(unique)}
-            source = [place[tuple(prompts[i])] for i in chunk]
-            wave.cache.join(prefilled, source, [len(prompts[i]) for i in chunk])
-            logits.append(out.logits[source, [ends.index(len(prompts[i]) - 1) for i in chunk]])
+            around = self.around_prefill([run.key for run in unique]) if self.around_prefill else nullcontext()
+            with around, self._steered([run.intervention for run in unique], [run.start for run in unique]):
+                out = self.model(
+                    input_ids=ids,
+                    position_ids=positions,
+                    past_key_values=prefilled,
+                    use_cache=True,
+                    logits_to_keep=torch.tensor(ends, device=self.device),
+                )
+            place = {run: n for n, run in enumerate(unique)}
+            source = [place[run] for run in runs]
+            wave.cache.join(prefilled, source, [len(run.ids) for run in runs])
+            logits.append(out.logits[source, [ends.index(len(run.ids) - 1) for run in runs]])
         return torch.cat(logits)
 
-    def _draw(self, wave: Wave, first: int, logits_BV: torch.Tensor) -> list[Finished]:
-        """Draw a token for each row from ``first`` on; rows that it completes leave the wave."""
+    def _run_of(self, row: Row, ids: tuple[int, ...]) -> _PrefillRun:
+        request = row.request
+        start = len(request.prompt_ids) - 1 if request.intervention else 0
+        return _PrefillRun(ids, request.intervention, start, request.key if self.around_prefill else "")
+
+    @contextmanager
+    def _steered(self, interventions: Sequence[str], starts: Sequence[int] | None = None) -> Iterator[None]:
+        """Around a forward pass whose rows are under these interventions (``Steering.aim``)."""
+        if not any(interventions):
+            yield
+            return
+        assert self.steering is not None, "a request names an intervention: the sampler needs its steering"
+        self.steering.aim(interventions, starts)
+        with residual_hooks(self.model, self.steering.edits()):
+            yield
+
+    def _draw(self, wave: Wave, first: int, logits_BV: torch.Tensor) -> list[Row]:
+        """Draw a token for each row from ``first`` on and return those rows; the ones that it completes leave the wave."""
         rows = wave.rows[first:]
         logits_BV = logits_BV.float()
         scores_BV = logits_BV
@@ -227,7 +282,7 @@ class Sampler:
             scores_BV = self.warp(None, logits_BV) + draws.gumbel(keys, logits_BV.shape[-1], logits_BV.device)  # type: ignore[arg-type]
         chosen_B = scores_BV.argmax(-1)
         logprob_B = logits_BV.gather(-1, chosen_B[:, None])[:, 0] - logits_BV.logsumexp(-1)
-        finished, gone = [], []
+        gone = []
         for i, (row, token, logprob) in enumerate(zip(rows, chosen_B.tolist(), logprob_B.tolist(), strict=True), first):
             if not math.isfinite(logprob):
                 raise ModelError(
@@ -236,16 +291,23 @@ class Sampler:
             row.tokens.append(token)
             row.logprobs.append(logprob)
             if (ended := token in self.eos_ids) or len(row.tokens) >= row.request.max_new_tokens:
-                finished.append(Finished(row.request.key, row.tokens, row.logprobs, "stop" if ended else "length", row.continued))
+                row.finish_reason = "stop" if ended else "length"
                 gone.append(i)
         for i in reversed(gone):
             wave.cache.leave(i)
             wave.rows[i] = wave.rows[-1]
             wave.rows.pop()
-        return finished
+        return rows
 
     def _fingerprint(self, requests: Sequence[Request]) -> str:
-        return sha256_json([self.settings, sorted(self.eos_ids), str(self.model.dtype), [request._asdict() for request in requests]])
+        parts: list[Any] = [self.settings, sorted(self.eos_ids), str(self.model.dtype)]
+        plain = [request._asdict() for request in requests]
+        for fields in plain:
+            if not fields["intervention"]:
+                del fields["intervention"]
+        if any(request.intervention for request in requests) and self.steering is not None:
+            parts.append(self.steering.digest)
+        return sha256_json([*parts, plain])
 
     def _save(self, wave: Wave, checkpoints: Checkpoints) -> None:
         whole = wave.cache.bytes_used <= self.max_cache_gb * 1e9
@@ -279,12 +341,21 @@ class Sampler:
             for row in rows:
                 row.continued = True
             # the last token of each row is not in the cache yet: the next step feeds it
-            self._prefill(wave, rows, [[*row.request.prompt_ids, *row.tokens[:-1]] for row in rows])
+            self._prefill(wave, rows)
         wave.rows = rows
         return wave
 
 
-def _chunks(prompts: Sequence[list[int]]) -> Iterator[list[int]]:
+class _PrefillRun(NamedTuple):
+    """One row of a prefill batch; requests for which all of this is equal share it."""
+
+    ids: tuple[int, ...]
+    intervention: str
+    start: int
+    key: str  # "" where requests may share
+
+
+def _chunks(prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """Indices of prompts in order, cut so that rows x longest stays within PREFILL_TOKENS (one row always fits)."""
     chunk: list[int] = []
     longest = 0

@@ -10,52 +10,25 @@ import contextlib
 import functools
 import hashlib
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
-from transformers.utils.hub import cached_file
 
 from tribunal.core.config import ModelConfig
 from tribunal.core.errors import ModelError
-from tribunal.core.registry import nearest
-from tribunal.models.formats import PromptFormat, builtin_format, make_format
+from tribunal.models.describe import BUILTIN, ModelShape, Source, describe, hf_config, one_line
+from tribunal.models.formats import PromptFormat
 
 log = logging.getLogger(__name__)
-BUILTIN = "builtin:"
 WEIGHT_SHARE = 0.8
 """A model whose weights take up to this share of a GPU's memory fits it: the rest is left to activations and cache."""
-
-
-class Source(NamedTuple):
-    """Where a model comes from: a folder, or a name on the hub at a commit."""
-
-    path: str
-    commit: str | None
-
-    @property
-    def local(self) -> bool:
-        return self.commit is None
-
-    def arguments(self) -> tuple[str, dict[str, Any]]:
-        """What ``from_pretrained`` takes."""
-        return self.path, {} if self.commit is None else {"revision": self.commit}
-
-
-class ModelShape(NamedTuple):
-    """What is known of a model without its weights."""
-
-    n_layers: int
-    d_model: int
-    vocab_size: int
-    max_positions: int | None
 
 
 @dataclass(frozen=True)
@@ -94,73 +67,14 @@ def load_model(config: ModelConfig) -> LoadedModel:
     return _load(config.model_dump_json())
 
 
-def describe_model(config: ModelConfig) -> ModelShape:
-    """Number of layers, widths and context from the model's config alone (no weights are read)."""
-    return _shape(_config_of(find(config)))
-
-
-def load_format(config: ModelConfig) -> tuple[PromptFormat, ModelShape]:
-    """Tokenizer, prompt format and shape without weights, checked against each other: for refusing bad input early."""
-    source = find(config)
-    shape = _shape(_config_of(source))
-    tokenizer = _tokenizer_of(source, shape, config.name)
-    return _format(config, tokenizer, _eos_ids(source, tokenizer)), shape
-
-
-def find(config: ModelConfig) -> Source:
-    """Resolve a model's name to a folder or a pinned commit on the hub.
-
-    Raises:
-        ModelError: a folder that does not exist, or an unknown built-in model.
-    """
-    if config.name.startswith(BUILTIN):
-        if config.name != "builtin:addition":
-            raise ModelError(f"model.name: unknown built-in model '{config.name}'; {nearest(config.name, ['builtin:addition'])}")
-        from tribunal.models import reasoner
-
-        return Source(str(_folder(reasoner.folder(), config.name)), None)
-    path = Path(config.name).expanduser()
-    if path.is_dir():
-        return Source(str(_folder(path, config.name)), None)
-    if config.name.startswith((".", "/", "~")) or config.name.count("/") != 1:
-        raise ModelError(
-            f"model.name: no such folder: {config.name}; give a folder with config.json, or a Hugging Face name like Qwen/Qwen3-8B"
-        )
-    return Source(config.name, _commit(config.name, config.revision))
-
-
-@functools.lru_cache
-def _commit(name: str, revision: str | None) -> str:
-    """The commit that a branch, tag or (None) the main branch stands for, so that all files come from one."""
-    with _one_line(name, "config", local=False):
-        found = cached_file(name, "config.json", revision=revision or "main")
-    commit = Path(found or "").parent.name
-    if revision != commit:
-        log.warning("model.revision: %s is not pinned (given: %s); put revision: %s into the experiment", name, revision, commit)
-    return commit
-
-
-def _folder(path: Path, name: str) -> Path:
-    if not (path / "config.json").is_file():
-        raise ModelError(
-            f"model.name: {name}: {path} holds no config.json; a Hugging Face model folder has config, weights and tokenizer files"
-        )
-    return path
-
-
 @functools.lru_cache(maxsize=2)
 def _load(config_json: str) -> LoadedModel:
     config = ModelConfig.model_validate_json(config_json)
-    source = find(config)
-    hf_config = _config_of(source)
-    shape = _shape(hf_config)
-    tokenizer = _tokenizer_of(source, shape, config.name)
-    eos_ids = _eos_ids(source, tokenizer)
-    prompt_format = _format(config, tokenizer, eos_ids)
+    source, shape, tokenizer, prompt_format, eos_ids = describe(config)
     device = _device(config)
-    placement = _placement(config, hf_config, device)
+    placement = _placement(config, source, device)
     path, pinned = source.arguments()
-    with _one_line(config.name, "weights", local=source.local), _progress_bar(not config.name.startswith(BUILTIN)):
+    with one_line(config.name, "weights", local=source.local), _progress_bar(not config.name.startswith(BUILTIN)):
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), **pinned, **placement)
     name, revision = config.name, source.commit or folder_digest(Path(path))
     if config.adapter:
@@ -170,46 +84,6 @@ def _load(config_json: str) -> LoadedModel:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return LoadedModel(model, tokenizer, prompt_format, name, revision, shape, device, eos_ids)
-
-
-def _shape(hf_config: Any) -> ModelShape:
-    text = hf_config.get_text_config()
-    return ModelShape(text.num_hidden_layers, text.hidden_size, text.vocab_size, getattr(text, "max_position_embeddings", None))
-
-
-def _config_of(source: Source) -> Any:
-    path, pinned = source.arguments()
-    with _one_line(path, "config", local=source.local):
-        return AutoConfig.from_pretrained(path, **pinned)
-
-
-def _tokenizer_of(source: Source, shape: ModelShape, name: str) -> PreTrainedTokenizerBase:
-    path, pinned = source.arguments()
-    with _one_line(name, "tokenizer", local=source.local):
-        tokenizer = AutoTokenizer.from_pretrained(path, **pinned)
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if highest >= shape.vocab_size:
-        raise ModelError(
-            f"{name}: tokenizer and model do not belong together: the tokenizer has ids up to {highest}, "
-            f"the model's vocabulary ends at {shape.vocab_size - 1}; use the tokenizer that the model was trained with"
-        )
-    return tokenizer
-
-
-def _format(config: ModelConfig, tokenizer: PreTrainedTokenizerBase, eos_ids: tuple[int, ...]) -> PromptFormat:
-    return builtin_format(tokenizer, config) if config.name.startswith(BUILTIN) else make_format(config, tokenizer, eos_ids)
-
-
-def _eos_ids(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens that end a completion: the generation config's, as ``generate`` uses them, else the tokenizer's."""
-    path, pinned = source.arguments()
-    try:
-        given = GenerationConfig.from_pretrained(path, **pinned).eos_token_id
-    except OSError:  # the model brings no generation config
-        given = None
-    if given is None:
-        given = tokenizer.eos_token_id
-    return () if given is None else tuple(given) if isinstance(given, (list, tuple)) else (given,)
 
 
 @contextlib.contextmanager
@@ -223,24 +97,6 @@ def _progress_bar(wanted: bool) -> Iterator[None]:
     finally:
         if shown:
             hf_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def _one_line(name: str, what: str, *, local: bool) -> Iterator[None]:
-    """Turn what ``from_pretrained`` raises for missing or broken files into one line that says what to do."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        if local:
-            cure = "the folder must hold config.json, safetensors weights and the tokenizer's files, as save_pretrained writes them"
-        elif os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-            cure = (
-                "hub access is off here: run `tribunal prefetch EXPERIMENT` on a node with network and this HF_HOME, or give a local folder"
-            )
-        else:
-            cure = "check the name and revision, log in for a gated model, or give a local folder"
-        raise ModelError(f"model.name: {name}: cannot load its {what} ({reason}); {cure}") from error
 
 
 def folder_digest(folder: Path) -> str:
@@ -278,12 +134,12 @@ def _device(config: ModelConfig) -> torch.device:
     return device
 
 
-def _placement(config: ModelConfig, hf_config: Any, device: torch.device) -> dict[str, Any]:
+def _placement(config: ModelConfig, source: Source, device: torch.device) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` that decide where the weights go."""
     if config.device_map is None:
         return {"device_map": {"": device}}
     if isinstance(config.device_map, str) and device.type == "cuda":
-        needed = weight_bytes(hf_config, getattr(torch, config.dtype))
+        needed = weight_bytes(hf_config(source), getattr(torch, config.dtype))
         if fits(needed, torch.cuda.get_device_properties(device).total_memory):
             log.info("model.device_map=%s not used: the model fits one GPU (%.1f GB of weights)", config.device_map, needed / 1e9)
             return {"device_map": {"": device}}
@@ -297,10 +153,10 @@ def fits(needed: int, memory: int) -> bool:
     return needed <= WEIGHT_SHARE * memory
 
 
-def weight_bytes(hf_config: Any, dtype: torch.dtype) -> int:
+def weight_bytes(config: Any, dtype: torch.dtype) -> int:
     """Bytes of a model's weights, from its config (it is built without memory)."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(hf_config)
+        model = AutoModelForCausalLM.from_config(config)
     return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 

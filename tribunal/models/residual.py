@@ -10,16 +10,19 @@ Shapes: B sequences, L tokens, D model width, K injected vectors, I intervention
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from tribunal.core.errors import ModelError
+from tribunal.core.storage import sha256_json
 
 Edit = Callable[[Tensor], Tensor | None]
 """Called with a block's output [B, L, D]; returns None to leave it, or what takes its place."""
@@ -250,6 +253,16 @@ class Steering:
             if change.gate is not None:
                 gate_ID[i], below_I[i] = change.gate.vector_D.float(), change.gate.below
         return {"add": add_ID, "unit": unit_ID, "gate": gate_ID, "below": below_I}
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all names and numbers: equal for two objects that do the same."""
+        numbers = hashlib.sha256()
+        for layer, table in self._tables.items():
+            for tensor in table.values():
+                numbers.update(tensor.cpu().numpy().tobytes())
+            numbers.update(str(layer).encode())
+        return sha256_json([self.index, numbers.hexdigest()])
 
     def aim(self, names: Sequence[str], starts: Sequence[int] | None = None) -> None:
         """Say which intervention each row of the next forward pass is under.

@@ -48,13 +48,13 @@ def fit_baseline(name: str, table: Table, rows: Rows) -> CrossFit:
     if name in ("bag_of_words", "question_only"):
         prepare = tf_idf(table.texts) if name == "bag_of_words" else tf_idf(table.questions, characters=True)
         return cross_fit(prepare, rows, TEXT_CS, standardise=False).fits["logistic"]
-    facts = _facts(name, table)
+    facts = facts_of(name, table)
     if facts.shape[1] == 0 or not np.ptp(facts, axis=0).any():
         return _constant(rows)  # fitted by fold it would differ between folds, against the labels held out: AUROC below 1/2
     return cross_fit(to_device(facts), rows, FACT_CS).fits["logistic"]
 
 
-def _facts(name: str, table: Table) -> Floats:
+def facts_of(name: str, table: Table) -> Floats:
     """A control's features, [n_traces, n_features]."""
     if name == "majority":
         return np.empty((len(table), 0))

@@ -46,6 +46,8 @@ class CrossFit:
         c_of_fold: the C chosen for each outer fold; empty where there is none to choose.
         c: the C of the final fit, chosen on the out-of-fold scores.
         vector, bias: the final fit on all rows, raw units, Platt's slope and offset folded in.
+        fold_vectors, fold_biases: the same of the fit that gave outer fold k its logits, [folds, d_model] and [folds]; empty
+            where the features themselves depend on the fold.
         newton_steps, last_move: the slowest fit's convergence.
     """
 
@@ -57,6 +59,8 @@ class CrossFit:
     bias: float
     newton_steps: int = 0
     last_move: float = 0.0
+    fold_vectors: Floats = field(default_factory=lambda: np.empty((0, 0)))
+    fold_biases: Floats = field(default_factory=lambda: np.empty(0))
 
 
 @dataclass
@@ -154,11 +158,14 @@ def cross_fit(
     null = np.full((len(labels), 0 if permutations_PN is None else len(permutations_PN)), np.nan)
     ridge = np.full(len(labels), np.nan)
     random = np.full((len(labels), random_directions), np.nan)
+    without: dict[str, list[tuple[Floats, float]]] = {kind: [] for kind in kinds}  # the fits behind each fold's logits
     for k in folds:
         mask, held_out = rows.folds != k, rows.folds == k
         training, acts = training_set(mask)
         for kind, fit in fit_all(mask, training).items():
             outer[kind][held_out] = _scores(fit, acts, held_out)
+            if not callable(acts_ND):
+                without[kind].append((fit.vectors[:, choice[kind][k]].cpu().numpy(), float(fit.biases[choice[kind][k]])))
         if permutations_PN is not None:
             c = cs[choice["ridge"][k]] if "ridge" in kinds else cs[len(cs) // 2]
             columns = np.column_stack([rows.labels, rows.labels[permutations_PN].T])[mask]
@@ -171,7 +178,8 @@ def cross_fit(
     training, _ = training_set(np.ones(len(labels), dtype=bool))
     final = fit_all(np.ones(len(labels), dtype=bool), training)
     for kind in kinds:
-        result.fits[kind] = _assemble(kind, inner[kind], outer[kind], choice[kind], final[kind], rows, cs, steps[kind])
+        result.fits[kind] = _assemble(kind, inner[kind], outer[kind], choice[kind], final[kind], without[kind], rows, cs)
+        result.fits[kind].newton_steps, result.fits[kind].last_move = steps[kind]
     if permutations_PN is not None:
         measure = _Measure(rows)
         result.ridge_auroc, result.ridge_pairs = measure(ridge, rows.labels)
@@ -212,12 +220,20 @@ def _choose(kind: str, scores_NC: Floats, rows: Rows, mask: NDArray[np.bool_]) -
 
 
 def _assemble(
-    kind: str, inner: Floats, outer: Floats, choice: list[int], final: Fit, rows: Rows, cs: Sequence[float], steps: tuple[int, float]
+    kind: str,
+    inner: Floats,
+    outer: Floats,
+    choice: list[int],
+    final: Fit,
+    without: list[tuple[Floats, float]],
+    rows: Rows,
+    cs: Sequence[float],
 ) -> CrossFit:
     folds = range(len(choice))
     logits = np.empty(len(rows.labels))
     inner_auroc = np.empty(len(choice))
     labels, weights = torch.as_tensor(rows.labels), torch.as_tensor(rows.weights)
+    of_fold = []
 
     def platt(scores: Floats, mask: NDArray[np.bool_]) -> tuple[float, float]:
         if kind == "logistic":
@@ -230,6 +246,7 @@ def _assemble(
         inner_auroc[k] = _auroc(scores[known], rows.labels[known], rows.weights[known])
         slope, offset = platt(scores, known)
         logits[held_out] = slope * outer[held_out, choice[k]] + offset
+        of_fold += [(slope * vector, slope * bias + offset) for vector, bias in without[k : k + 1]]
     everything = np.ones(len(logits), dtype=bool)
     column = _choose(kind, outer, rows, everything)
     slope, offset = platt(outer[:, column], everything)
@@ -241,8 +258,8 @@ def _assemble(
         c=cs[column] if has_c else None,
         vector=slope * final.vectors[:, column].cpu().numpy(),
         bias=slope * float(final.biases[column]) + offset,
-        newton_steps=steps[0],
-        last_move=steps[1],
+        fold_vectors=np.array([vector for vector, _ in of_fold]) if of_fold else np.empty((0, 0)),
+        fold_biases=np.array([bias for _, bias in of_fold]),
     )
 
 

@@ -21,7 +21,7 @@ from tribunal.core.errors import CorruptError, DataError, LabelError
 from tribunal.core.receipts import read_receipt
 from tribunal.core.reports import plain, write_report
 from tribunal.core.storage import canonical_json, sha256_file, sha256_json, write_atomic
-from tribunal.probes import baselines, direction, figures
+from tribunal.probes import baselines, direction, figures, held_out
 from tribunal.probes.crossfit import CellFit, CrossFit, Floats, Ints, Rows, cross_fit, make_folds
 from tribunal.probes.direction import FILE_NAME, short
 from tribunal.probes.evaluation import Cell, Evaluation
@@ -29,6 +29,7 @@ from tribunal.probes.linear import LOGIT_TOLERANCE, to_device
 from tribunal.probes.table import read_table, require_classes
 
 Json = dict[str, Any]
+OF_A_FIT = ("logits", "inner_auroc", "vector", "fold_vectors", "fold_biases")
 POOLING_TEXT = {
     "last": "last readable completion token",
     "last_10": "mean over the last 10 readable completion tokens",
@@ -114,19 +115,12 @@ class ProbeTraining:
     def fit_cell(self, layer: int, pooling: str, part: Path) -> Json:
         """Every kind of probe, the permutation null and random directions on one layer x pooling."""
         rows, places, _ = self.cell_rows(pooling)
-        acts = to_device(self.activations.read(layer, pooling)[torch.as_tensor(places)])
-        if not bool(torch.isfinite(acts).all()):
-            bad = int((~torch.isfinite(acts).all(1)).sum())
-            raise DataError(
-                f"{self.activations.folder}: layer {layer}, {pooling}: {bad} rows hold numbers that are not finite; "
-                "float16 overflows on large activations: set extract_activations.store_dtype=bfloat16"
-            )
         fit = cross_fit(
-            acts,
+            self.read(layer, pooling, places),
             rows,
             self.settings["c"],
             self.settings["kinds"],
-            permutations_PN=self._permutations(rows) if self.settings["permutations"] else None,
+            permutations_PN=self.permutations(rows, self.settings["permutations"]) if self.settings["permutations"] else None,
             random_directions=self.settings["random_directions"],
             seed=self.seed,
         )
@@ -137,6 +131,27 @@ class ProbeTraining:
             "training_set_sha256": self._training_set(rows, places, layer, pooling),
         }
         return _save(part, {"fits": fit.fits, **arrays}, facts)
+
+    def read(self, layer: int, pooling: str, places: Ints) -> torch.Tensor:
+        """A cell's activations, float64 on the device to compute on.
+
+        Raises:
+            DataError: some are not finite.
+        """
+        acts = to_device(self.activations.read(layer, pooling)[torch.as_tensor(places)])
+        if not bool(torch.isfinite(acts).all()):
+            bad = int((~torch.isfinite(acts).all(1)).sum())
+            raise DataError(
+                f"{self.activations.folder}: layer {layer}, {pooling}: {bad} rows hold numbers that are not finite; "
+                "float16 overflows on large activations: set extract_activations.store_dtype=bfloat16"
+            )
+        return acts
+
+    def permutations(self, rows: Rows, n: int) -> Ints:
+        """For every permutation and row, a row whose label it takes: that of another trace of the same problem."""
+        present, first = np.unique(rows.trace, return_index=True)
+        inside = stats.permute_within(self.problem_numbers[present], n, self.seed)
+        return first[inside][:, np.searchsorted(present, rows.trace)]
 
     def _places(self, pooling: str) -> tuple[Ints, Ints, Ints]:
         """Trace, place in the tensor and position of every row that is used, by trace."""
@@ -152,12 +167,6 @@ class ProbeTraining:
 
     def _rows(self, trace: Ints) -> Rows:
         return Rows.of(trace, self.table.labels, self.folds, self.problem_numbers)
-
-    def _permutations(self, rows: Rows) -> Ints:
-        """For every permutation and row, a row whose label it takes: that of another trace of the same problem."""
-        present, first = np.unique(rows.trace, return_index=True)
-        inside = stats.permute_within(self.problem_numbers[present], self.settings["permutations"], self.seed)
-        return first[inside][:, np.searchsorted(present, rows.trace)]
 
     def _training_set(self, rows: Rows, places: Ints, layer: int, pooling: str) -> str:
         """Hash of what the final fit saw: traces, labels, positions, and the shards they were read from."""
@@ -187,7 +196,7 @@ def _save(part: Path, content: Json, facts: Json) -> Json:
     arrays: dict[str, Floats] = {name: value for name, value in content.items() if name != "fits"}
     kinds: Json = {}
     for kind, fit in content["fits"].items():
-        arrays |= {f"{kind}.logits": fit.logits, f"{kind}.inner_auroc": fit.inner_auroc, f"{kind}.vector": fit.vector}
+        arrays |= {f"{kind}.{name}": getattr(fit, name) for name in OF_A_FIT}
         kinds[kind] = {name: getattr(fit, name) for name in ("c_of_fold", "c", "bias", "newton_steps", "last_move")}
     write_atomic(part, save({name: np.ascontiguousarray(value) for name, value in arrays.items()}))
     known = {name: value for name, value in facts.items() if not isinstance(value, float) or np.isfinite(value)}
@@ -200,10 +209,10 @@ def _load(record: Json, parts: Path) -> CellFit:
     if not path.is_file() or sha256_file(path) != record["sha256"]:
         raise CorruptError(f"{path}: missing or damaged; remove the folder {parts.parent} and run train_probes again")
     arrays = load_file(path)
-    fits = {
-        kind: CrossFit(logits=arrays[f"{kind}.logits"], inner_auroc=arrays[f"{kind}.inner_auroc"], vector=arrays[f"{kind}.vector"], **facts)
-        for kind, facts in record["kinds"].items()
-    }
+    fits = {}
+    for kind, facts in record["kinds"].items():
+        ours: Json = {name: arrays[f"{kind}.{name}"] for name in OF_A_FIT if f"{kind}.{name}" in arrays}
+        fits[kind] = CrossFit(**ours, **facts)
     nothing = np.empty(0)
     return CellFit(
         fits,
@@ -248,7 +257,7 @@ def publish(
     dtype: str,
     planted: bool,
 ) -> None:
-    """Write probe_results.png, implicit_value_directions.json and report.json into ``out``."""
+    """Write report, directions (of all rows, and of each fold), held-out scores and figure into ``out``."""
     evaluation = evaluate(training, records, parts)
     table, settings = training.table, training.settings
     missing = [name for name in baselines.BASELINES if name not in training.controls]
@@ -292,6 +301,16 @@ def publish(
         "tribunal_version": tribunal.__version__,
     }
     write_atomic(out / FILE_NAME, canonical_json(file) + "\n")
+    held_out.write_held_out(
+        out,
+        evaluation,
+        table.keys,
+        model=training.activations.meta.model,
+        experiment=experiment,
+        template_sha256=table.template_sha256,
+        dtype=dtype,
+        planted=planted,
+    )
     report = evaluation.report(
         job="train_probes",
         experiment=experiment,

@@ -9,16 +9,20 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import mean, median
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from tribunal.core.errors import DataError
+from tribunal.core.receipts import read_receipt
 from tribunal.core.records import VERDICTS, Problem, Trace, Verdict
 from tribunal.models.draws import order_key
-from tribunal.models.formats import PromptFormat
-from tribunal.models.generation import Finished, score
-from tribunal.models.loading import LoadedModel
 from tribunal.traces.imports import ImportedTrace
+
+if TYPE_CHECKING:  # an experiment is checked against its plan without torch
+    from tribunal.models.formats import PromptFormat
+    from tribunal.models.generation import Finished
+    from tribunal.models.loading import LoadedModel
 
 Json = dict[str, Any]
 
@@ -38,6 +42,19 @@ def plan(problems: Sequence[Problem], samples: int, seed: int, most: int | None 
     """All attempts in their fixed order: problems shuffled by the seed, the samples of each in sequence, at most ``most``."""
     order = sorted(problems, key=lambda problem: order_key(seed, problem.id))
     return [Attempt(problem, sample) for problem in order for sample in range(samples)][:most]
+
+
+def sampled_with(folder: Path) -> Json:
+    """The settings that a finished generate_traces ran with (temperature, top_p, top_k, max_new_tokens, ...), from its receipt.
+
+    Raises:
+        DataError: its receipt names none.
+    """
+    receipt = read_receipt(folder) or {}
+    try:
+        return dict(receipt["config"]["generate_traces"])
+    except KeyError:
+        raise DataError(f"{folder}: its receipt names no generate_traces settings; run generate_traces again") from None
 
 
 def waves(attempts: Sequence[Attempt], size: int) -> list[Sequence[Attempt]]:
@@ -140,6 +157,8 @@ def import_trace(attempt: Attempt, row: ImportedTrace, loaded: LoadedModel, *, s
     Raises:
         DataError: token ids that the model does not have, or too many of them.
     """
+    from tribunal.models.generation import Finished, score
+
     prompt_ids = loaded.format.prompt_ids(attempt.problem)
     if row.completion_ids is not None:
         ids = list(row.completion_ids)

@@ -1,0 +1,128 @@
+"""The job that trains an activation oracle: exact resume, a folder that PEFT loads, and bad input refused before any step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from jobs.train_oracle import TrainOracle
+from tests.resume import assert_resume_is_exact, undisturbed
+from tribunal.activations.store import META
+from tribunal.core.errors import ConfigError, LabelError, ModelError, UserError
+from tribunal.core.receipts import RECEIPT, digest, hash_outputs
+from tribunal.core.storage import write_json
+from tribunal.models.loading import load_model
+from tribunal.oracle.settings import read_facts
+
+SMALL = (
+    "train_oracle.tasks=[carry,random_bit]", "train_oracle.lora={rank: 2, alpha: 4, dropout: 0.1}", "train_oracle.learning_rate=3.e-3",
+    "train_oracle.batch_size=8", "train_oracle.batch_tokens=160", "train_oracle.steps=4", "train_oracle.text_only_steps=2",
+    "train_oracle.validate_every=2", "train_oracle.validate_items=8", "train_oracle.keep=2", "train_oracle.traces_per_file=150",
+    "train_oracle.audit={min_per_split: 5}",
+)  # fmt: skip
+
+
+@pytest.fixture
+def make(calibrated, tmp_path, monkeypatch):
+    """``make(override...)`` is a fresh job on a copy of the calibration's results."""
+    monkeypatch.setenv("TRIBUNAL_ROOT", str(tmp_path))
+    return lambda *overrides: calibrated.job("train_oracle", tmp_path, *SMALL, *overrides)
+
+
+def test_stopped_at_any_point_and_resumed_it_publishes_the_same_adapters_and_the_same_curve(calibrated, tmp_path, monkeypatch):
+    assert_resume_is_exact(lambda folder: calibrated.job("train_oracle", folder, *SMALL), tmp_path, monkeypatch, points=4, every=False)
+
+
+def test_it_publishes_adapters_that_peft_loads_with_their_card_metrics_audit_and_figure(make):
+    untouched = load_model(make().experiment.model).model
+    ids = torch.arange(3, 20)[None]
+    plain = untouched(ids).logits
+    undisturbed(make)
+    out = make().results
+    assert torch.equal(untouched(ids).logits, plain), "the next job of this process gets the model without adapter"
+    facts = read_facts(out)
+    assert facts.kept == [2, 4] and facts.best_step in (2, 4) and facts.planted
+    folders = [out / "adapter", out / "text_only", *(facts.adapter(out, step) for step in facts.kept)]
+    for folder in folders:
+        peft = PeftModel.from_pretrained(untouched, str(folder))
+        assert not torch.equal(untouched(ids).logits, plain)
+        peft.unload()
+        card = (folder / "README.md").read_text()
+        assert "base_model: builtin:addition" in card and "planted" in card and str(out.parents[2]) not in card
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["run"], row["step"]) for row in rows] == [("oracle", i) for i in range(1, 5)] + [("text_only", 1), ("text_only", 2)]
+    assert [row["step"] for row in rows if "validation" in row] == [2, 4]
+    assert set(rows[1]["validation"]["tasks"]) == {"carry", "random_bit"}
+    assert set(json.loads((out / "audit.json").read_text())["tasks"]) == {"carry", "random_bit"}
+    assert (out / "training.png").stat().st_size > 10_000
+
+
+def test_an_oracle_goes_on_from_a_published_adapter(make, tmp_path):
+    undisturbed(make)
+    folder = make().results.rename(tmp_path / "published")
+    receipt, _ = undisturbed(
+        lambda: make(f"train_oracle.start_from={folder / 'adapter'}", "train_oracle.steps=2", "train_oracle.text_only_steps=0")
+    )
+    config = json.loads((make().results / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 2 and not (make().results / "text_only").exists() and receipt["config"]["train_oracle"]["start_from"]
+
+
+def foreign(tmp_path: Path, **changes: str) -> Path:
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen3-8B", **changes})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["train_oracle.tasks=[carri]"], ConfigError, r"unknown task 'carri'; did you mean 'carry'"),
+        (["train_oracle.examples={layers: [1, 3]}"], ConfigError, r"examples\.layers: no layer 3; the model has 3 layers, 0 to 2"),
+        (["train_oracle.injection={layer: 7}"], ConfigError, r"injection\.layer: no layer 7"),
+        (["train_oracle.tasks=[yes_no]"], ConfigError, r"task 'yes_no' needs examples\.yes_no"),
+        (["train_oracle.tracker=tensorboard"], ConfigError, r"tensorboard is not installed here"),
+        (["train_oracle.batch_size=0"], ConfigError, r"train_oracle\.batch_size"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_loaded(make, overrides, error, message):
+    with pytest.raises(error, match=message) as caught:
+        make(*overrides).check()
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_another_model_is_refused_before_any_step(make, tmp_path):
+    with pytest.raises(ModelError, match=r"was trained on Qwen/Qwen3-8B, but the model is builtin:addition"):
+        make(f"train_oracle.start_from={foreign(tmp_path)}").build()
+
+
+def test_activations_of_another_revision_are_refused_before_any_step(make):
+    job = make("train_oracle.from_store=true")
+    folder = job.results.parent / "extract_activations"
+    meta = json.loads((folder / META).read_text())
+    (folder / META).unlink()  # it is linked to the fixture's
+    write_json(folder / META, {**meta, "model": {**meta["model"], "revision": "folder:other"}})
+    (folder / RECEIPT).unlink()
+    outputs = hash_outputs(folder)
+    write_json(folder / RECEIPT, {"schema_version": 1, "outputs": outputs, "digest": digest(outputs)})
+    with pytest.raises(UserError, match=r"activations of another model \(revision: folder:other"):
+        job.build()
+
+
+def test_labels_that_cannot_be_trained_on_are_refused_with_the_table(make):
+    with pytest.raises(LabelError, match=r"carry.*too few examples") as caught:
+        make("train_oracle.audit={min_per_split: 5000}").build()
+    assert "most frequent target" in str(caught.value)
+
+
+def test_only_the_results_that_the_tasks_ask_for_are_needed(calibrated, tmp_path):
+    def needs(*overrides: str) -> tuple[str, ...]:
+        return TrainOracle(calibrated.experiment(*SMALL, *overrides)).needs
+
+    assert needs() == ("generate_traces", "label_traces")
+    assert needs("train_oracle.tasks=[carry,sentence_class]") == ("generate_traces", "label_traces", "label_sentences")
+    assert needs("train_oracle.from_store=true") == ("generate_traces", "label_traces", "extract_activations")

@@ -1,0 +1,81 @@
+"""Scores of answers, against scikit-learn and cases worked out by hand."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from sklearn.metrics import f1_score
+
+from tribunal.oracle.scoring import constancy, exact, fuzzy, macro_f1, named_choice, normalise, word_f1, yes_no
+from tribunal.oracle.tasks.sentence_class import WORDS
+from tribunal.traces.sentence_labels import TIERS
+
+
+@pytest.mark.parametrize(
+    ("answer", "class_name"),
+    [
+        ("Self-Checking.", "self checking"),
+        ("the active_computation", "active computation"),
+        ("This sentence is a verification.", "self checking"),
+        ("It does arithmetic", "active computation"),
+        ("Final answer", "final answer emission"),
+        ("plan generation or fact retrieval", None),
+        ("not plan generation", None),
+        ("poetry", None),
+        ("", None),
+    ],
+)
+def test_a_class_is_recognised_by_its_name_case_articles_and_near_synonyms_and_only_where_one_is_named(answer, class_name):
+    for target in WORDS:
+        assert fuzzy("sentence_class", answer, target, WORDS) == float(target == class_name)
+
+
+@pytest.mark.parametrize(
+    ("answer", "tier"), [("very important", "high"), ("unimportant", "low"), ("important", "high"), ("It is crucial!", "critical")]
+)
+def test_a_name_inside_a_longer_one_does_not_count(answer, tier):
+    assert [t for t in TIERS if fuzzy("sentence_importance", answer, t, TIERS)] == [tier]
+
+
+def test_numbers_are_compared_whole():
+    assert named_choice("1", ["1", "10"]) == "1" and named_choice("It is 10.", ["1", "10"]) == "10"
+    assert named_choice("-1", ["1", "-1"]) == "-1"
+    assert normalise("The 1.50, a B_c-d!") == "1.50 b c d"
+
+
+def test_exact_forgives_blanks_at_the_ends_and_nothing_else():
+    assert exact(" yes\n", "yes") and not exact("Yes", "yes")
+
+
+SAID = {"Yes.": "yes", "no, it is not": "no", "TRUE": "yes", "Incorrect": "no", "maybe": None, "": None, "The answer is yes": None}
+
+
+@pytest.mark.parametrize(("text", "said"), SAID.items())
+def test_yes_and_no_are_read_from_the_first_word(text, said):
+    assert yes_no(text) == said
+    assert fuzzy("correctness", text, "yes", ["yes", "no"]) == float(said == "yes")
+
+
+def test_open_answers_get_the_f1_of_their_words_each_as_often_as_it_occurs():
+    assert word_f1("the cat sat", "A cat sat down") == pytest.approx(0.8)  # 2 of 2 said, 2 of 3 wanted
+    assert word_f1("cat cat cat", "cat sat") == pytest.approx(0.4)  # a repeated word counts once here
+    assert word_f1("", "") == 1.0 and word_f1("", "cat") == 0.0
+    assert fuzzy("context_prediction", "7+5=12", "7+5=12", []) == 1.0
+
+
+def test_macro_f1_is_scikit_learns_over_the_classes_of_the_targets():
+    draw = random.Random(0)
+    for _ in range(20):
+        targets = [draw.choice("abc") for _ in range(50)]
+        answers = [draw.choice(["a", "b", "c", "d", None]) for _ in range(50)]
+        theirs = f1_score(targets, [a or "?" for a in answers], average="macro", labels=sorted(set(targets)), zero_division=0)
+        assert macro_f1(answers, targets) == pytest.approx(theirs)
+
+
+def test_an_oracle_that_always_says_the_same_is_flagged_unless_the_right_answer_is_always_the_same():
+    mixed = ["yes", "no"] * 50
+    assert constancy(["Yes."] * 96 + ["no"] * 4, mixed).constant
+    assert not constancy(["yes"] * 90 + ["no"] * 10, mixed).constant
+    assert not constancy(["yes"] * 100, ["yes"] * 99 + ["no"]).constant
+    assert constancy(["Yes."] * 100, mixed)[:3] == ("yes", 1.0, 0.5)

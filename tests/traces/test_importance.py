@@ -1,0 +1,80 @@
+"""Importance of sentences by suppression and by rollouts, answers tracked, and tiers that are balanced."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.oracle.helpers import BUILTIN, addition
+from tests.resume import StopAfter
+from tribunal.core.work import Never
+from tribunal.models.loading import load_model
+from tribunal.models.suppression import Suppression
+from tribunal.traces.importance import AnswerTracker, Rollouts, by_suppression, quantile_names, total_variation, within_groups
+from tribunal.traces.sentence_labels import TIERS, RolloutSettings
+
+
+def test_a_step_of_a_written_sum_matters_to_what_follows_and_the_last_sentence_to_nothing():
+    trace, label, _ = addition(3471, 2853)
+    values = by_suppression(Suppression(load_model(BUILTIN).model), trace, label)
+    assert len(values) == len(label.sentences) == 5
+    assert all(value is not None and value > 0.01 for value in values[:4]) and values[4] is None
+
+
+def test_rollouts_find_the_step_at_which_the_answer_is_decided():
+    slipped = "7+5=12 write 2 carry 1 | 4+8+1=13 write 9 carry 1 | 3+2+1=6 write 6</think>\nAnswer: 692<sep>n<eos>"
+    trace, label, problem = addition(347, 285, 1, slipped)
+    loaded = load_model(BUILTIN)
+    settings = RolloutSettings(samples=3, max_new_tokens=60, slots=12, temperature=0.05)
+    values = Rollouts(loaded, settings, seed=0).measure(trace, label, problem, Never())
+    assert values is not None
+    assert values[1] == 1.0  # before the slip all answers are 632, behind it 692
+    assert values[0] == values[2] == 0.0 and values[3] is None
+    assert values == Rollouts(loaded, settings, seed=0).measure(trace, label, problem, Never())
+    assert Rollouts(loaded, settings, seed=0).measure(trace, label, problem, StopAfter(3)) is None
+
+
+def test_total_variation_is_the_share_of_answers_that_would_have_to_move():
+    assert total_variation(Counter("aab"), Counter("aab")) == 0.0
+    assert total_variation(Counter("aaaa"), Counter("b")) == 1.0
+    assert total_variation(Counter("aabb"), Counter("aaab")) == pytest.approx(0.25)
+
+
+def test_the_answer_is_tracked_at_sentences_before_it_is_stated_with_the_token_that_states_it():
+    trace, label, _ = addition(347, 285)
+    loaded = load_model(BUILTIN)
+    values = AnswerTracker(loaded).logprobs(trace, label)
+    assert [value is None for value in values] == [False, False, False, True]
+    with torch.no_grad():  # at the last layer the lens is the model's own next-token prediction
+        logits = loaded.model(torch.tensor([trace.prompt_ids + trace.completion_ids])).logits[0].log_softmax(-1)
+    six = loaded.tokenizer.convert_tokens_to_ids("6")
+    place = len(trace.prompt_ids) + label.sentences[1].end_token - 1
+    assert values[1] == pytest.approx(float(logits[place, six]), abs=1e-4)
+    assert AnswerTracker(loaded).logprobs(trace, label.model_copy(update={"answer": "999"})) == [None] * 4
+    assert AnswerTracker(loaded).logprobs(trace, label.model_copy(update={"answer": None})) == [None] * 4
+
+
+def test_tiers_are_balanced_whatever_the_values_and_equal_values_share_one():
+    values = [math.exp(n % 37) for n in range(37)]
+    assert sorted(Counter(quantile_names(values[:36], TIERS)).values()) == [9] * 4
+    assert quantile_names([4.0, 1.0, None, 3.0, 2.0], TIERS) == ["critical", "low", None, "high", "medium"]
+    tied = quantile_names([0.0, 0.0, 1.0, 2.0, 2.0, 3.0, 4.0, 4.0], TIERS)
+    assert tied == ["low", "low", "medium", "high", "high", "high", "critical", "critical"]
+
+
+def test_values_without_an_order_get_no_tier():
+    assert quantile_names([0.5] * 8, TIERS) == [None] * 8
+    assert quantile_names([1.0, 2.0, 3.0], TIERS) == [None] * 3
+    assert quantile_names([], TIERS) == []
+
+
+def test_sentences_are_ranked_within_their_problem_over_all_its_samples():
+    values = {"p/0": [1.0, 2.0], "q/0": [100.0, 200.0, 300.0, 400.0], "p/1": [3.0, None, 4.0]}
+    assert within_groups(values, lambda key: key[0], TIERS) == {
+        "p/0": ["low", "medium"],
+        "q/0": ["low", "medium", "high", "critical"],
+        "p/1": ["high", None, "critical"],
+    }

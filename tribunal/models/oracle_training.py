@@ -1,0 +1,296 @@
+"""Training an adapter to answer questions about vectors injected into its own prompt: the Trainer, and which adapters are kept."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from tribunal.core.errors import ConfigError
+from tribunal.core.storage import link_or_copy, make_folder, read_json, write_atomic, write_json
+from tribunal.core.work import Json, Progress, Stop
+from tribunal.models.adapters import WEIGHTS, adapter_bytes
+from tribunal.models.oracle_batches import Injection, Lessons, StepBatches, StepPlan, answer_loss, injected
+from tribunal.models.training import _all_ranks_here, _any_rank, training_arguments
+
+KEPT = "oracle"
+"""Folder of a checkpoint: the adapters kept so far, and what validation said of them."""
+VALIDATION = "validation.json"
+BEST = "best.safetensors"
+
+
+class Validation(NamedTuple):
+    """What validation says of the adapter at one step.
+
+    Attributes:
+        score: mean over the tasks, 0 to 1; decides which checkpoint is best.
+        loss: mean cross-entropy (nats) of an answer token; decides between equal scores.
+        tasks: score and loss of each task.
+    """
+
+    score: float
+    loss: float
+    tasks: dict[str, Json]
+
+
+class Keeper:
+    """The adapters that are kept: the best by validation, and those at given steps. They travel in every checkpoint.
+
+    Args:
+        scratch: folder for them between two checkpoints; they are hard-linked from there.
+        validate: judges the adapter that is on the model now; None where nothing is validated (the last one is then the best).
+        validate_at, keep_at: optimizer steps.
+    """
+
+    def __init__(
+        self, scratch: Path, validate: Callable[[], Validation] | None, validate_at: frozenset[int], keep_at: frozenset[int]
+    ) -> None:
+        self.scratch, self.validate = scratch, validate
+        self.validate_at, self.keep_at = validate_at, keep_at
+        self.rows: list[Json] = []
+
+    @property
+    def best(self) -> Json | None:
+        """The row with the best score, then the lowest loss, then the earliest step."""
+        return max(self.rows, key=lambda row: (row["score"], -row["loss"], -row["step"]), default=None)
+
+    def after_step(self, step: int, peft: Any, *, writes: bool) -> None:
+        """Validate and keep what is due at this step."""
+        make_folder(self.scratch)
+        if self.validate is not None and step in self.validate_at:
+            self.rows.append({"step": step, **self.validate()._asdict()})
+            if writes and self.best is self.rows[-1]:
+                write_atomic(self.scratch / BEST, adapter_bytes(peft))
+        if writes and step in self.keep_at:
+            write_atomic(self.scratch / kept_name(step), adapter_bytes(peft))
+
+    def save(self, checkpoint: Path) -> None:
+        """Put what is kept into a checkpoint's folder."""
+        folder = make_folder(checkpoint / KEPT)
+        write_json(folder / VALIDATION, self.rows)
+        for path in sorted(self.scratch.glob("*.safetensors")):
+            link_or_copy(path, folder / path.name)
+
+    def restore(self, checkpoint: Path, *, writes: bool) -> None:
+        """Go on from a checkpoint: what was kept after it is forgotten."""
+        self.rows = read_json(checkpoint / KEPT / VALIDATION)
+        if not writes:
+            return
+        make_folder(self.scratch)
+        for path in self.scratch.glob("*.safetensors"):
+            path.unlink()
+        for path in sorted((checkpoint / KEPT).glob("*.safetensors")):
+            link_or_copy(path, self.scratch / path.name)
+
+
+def kept_name(step: int) -> str:
+    return f"step-{step:06d}.safetensors"
+
+
+def kept_steps(checkpoint: Path) -> dict[int, Path]:
+    """The weights kept at given steps, from a finished run's folder."""
+    return {int(path.stem.removeprefix("step-")): path for path in sorted((checkpoint / KEPT).glob("step-*.safetensors"))}
+
+
+def best_weights(checkpoint: Path) -> Path:
+    """The best weights by validation, from a finished run's folder; its last ones where nothing was validated."""
+    best = checkpoint / KEPT / BEST
+    return best if best.exists() else checkpoint / WEIGHTS
+
+
+class SharedFiles:
+    """Numbered files that the processes of a run make together, as a ``Work``.
+
+    Args:
+        make: makes a file and returns its record.
+        key: a file's key in the journal.
+        journal: this process's; it reads those of the others.
+    """
+
+    def __init__(self, count: int, *, make: Callable[[int], Json], key: Callable[[int], str], journal: Any) -> None:
+        self.count, self.make, self.key, self.journal = count, make, key, journal
+
+    def run(self, stop: Stop) -> bool:
+        rank, world = rank_and_world()
+        device = PartialState().device if world > 1 else torch.device("cpu")  # connects the processes: they stop together
+        todo = [number for number in range(self.count) if self.key(number) not in self.journal]
+        _all_ranks_here()  # nobody writes before everybody has seen the same list
+        for first in range(0, len(todo), world):
+            if _any_rank([stop.is_set()], device)[0]:
+                return False
+            for number in todo[first + rank : first + rank + 1]:
+                self.journal.append({self.key(number): self.make(number)})
+        _all_ranks_here()
+        self.journal.refresh()
+        return True
+
+    def progress(self) -> Progress:
+        return Progress(sum(self.key(number) in self.journal for number in range(self.count)), self.count, "file")
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are, as the launcher has told them."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class InjectionTrainer(Trainer):
+    """A Trainer whose every item is one process's whole step: all its forward passes, each with its vectors injected."""
+
+    def __init__(self, *args: Any, injection: Injection, keeper: Keeper, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.injection, self.keeper = injection, keeper
+
+    def training_step(self, model: Any, inputs: Json, num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward for all passes of a step; gradients are summed over processes once, at the last one."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        plain = self.accelerator.unwrap_model(model)
+        scale = self.accelerator.num_processes / inputs["n_labels"]  # gradients are averaged over processes
+        total = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(inputs["passes"], 1):
+            last = number == len(inputs["passes"])
+            # the injection stays in place while blocks run again in the backward pass (gradient checkpointing)
+            with nullcontext() if last else self.accelerator.no_sync(model), injected(plain, batch, self.injection):
+                with self.compute_loss_context_manager():
+                    loss = answer_loss(model, batch) * scale
+                self.accelerator.backward(loss)
+            total += loss.detach().to(total.device)
+        return total
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """The adapter alone, by our own names; PEFT would ask the hub whether the vocabulary has grown."""
+        if not self.args.should_save:
+            return
+        peft = self.accelerator.unwrap_model(self.model)
+        given = {} if state_dict is None else {"state_dict": state_dict}
+        peft.save_pretrained(output_dir, save_embedding_layers=False, **given)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            self.keeper.save(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.keeper.restore(Path(resume_from_checkpoint), writes=bool(self.args.should_save))
+
+
+class _Keep(TrainerCallback):
+    """Calls the keeper after each step, before anything is saved."""
+
+    def __init__(self, keeper: Keeper, peft: Any) -> None:
+        self.keeper, self.peft = keeper, peft
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        training = self.peft.training
+        self.peft.eval()
+        self.keeper.after_step(state.global_step, self.peft, writes=bool(args.should_save))
+        self.peft.train(training)
+
+
+def make_trainer(
+    output_dir: Path,
+    callbacks: list[TrainerCallback],
+    *,
+    peft: Any,
+    lessons: Lessons,
+    injection: Injection,
+    pad_id: int,
+    steps: int,
+    batch_size: int,
+    batch_tokens: int,
+    learning_rate: float,
+    schedule: str,
+    warmup: float,
+    weight_decay: float,
+    max_grad_norm: float,
+    bf16: bool,
+    gradient_checkpointing: bool,
+    seed: int,
+    validate: Callable[[], Validation] | None,
+    validate_at: frozenset[int],
+    keep_at: frozenset[int],
+    tracker: str | None = None,
+    run_id: str = "",
+    tracking: Path | None = None,
+) -> InjectionTrainer:
+    """A fresh Trainer for the whole run (see ``tribunal.models.training``); ``peft`` carries a freshly made adapter.
+
+    Args:
+        warmup: share of the steps with a linearly rising learning rate.
+        tracker: ``tensorboard`` or ``wandb``; all generations of a run report to one run, named ``run_id``.
+        tracking: folder that the tracker writes in, unless the environment names another.
+    Raises:
+        ConfigError: the environment asks for FSDP.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ConfigError(
+            "ACCELERATE_USE_FSDP is set: an oracle's adapter is validated and kept whole on each GPU, which sharded weights do not allow; "
+            "unset it (several GPUs then train by DDP), or set gradient_checkpointing for memory"
+        )
+    args = training_arguments(
+        output_dir,
+        max_steps=steps,
+        per_device_train_batch_size=1,  # one item is one process's whole step
+        train_sampling_strategy="sequential",
+        learning_rate=learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=math.ceil(warmup * steps),
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        seed=seed,
+        bf16=bf16,
+        use_cpu=peft.device.type == "cpu",
+        **_memory_saving(gradient_checkpointing),
+        **_tracking(tracker, run_id, tracking),
+    )
+    plan = StepPlan(
+        [lessons[i].length for i in range(len(lessons))],
+        [len(lessons[i].answer_ids) for i in range(len(lessons))],
+        batch_size=batch_size,
+        batch_tokens=batch_tokens,
+        seed=seed,
+        world=args.world_size,
+    )
+    kept = output_dir / "kept"
+    if args.should_save:
+        shutil.rmtree(kept, ignore_errors=True)  # of a generation that was killed; what counts comes back with the checkpoint
+    keeper = Keeper(kept, validate, validate_at, keep_at)
+    return InjectionTrainer(
+        model=peft,
+        args=args,
+        train_dataset=StepBatches(lessons, plan, steps, pad_id),
+        data_collator=_the_item,
+        callbacks=[_Keep(keeper, peft), *callbacks],
+        injection=injection,
+        keeper=keeper,
+    )
+
+
+def _memory_saving(wanted: bool) -> Json:
+    return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}} if wanted else {}
+
+
+def _the_item(items: list[Json]) -> Json:
+    return items[0]
+
+
+def _tracking(tracker: str | None, run_id: str, folder: Path | None) -> Json:
+    """The Trainer's arguments for a tracker, which takes the rest from the environment."""
+    if tracker is None:
+        return {}
+    if tracker == "wandb":
+        os.environ.setdefault("WANDB_RUN_ID", run_id)
+        os.environ.setdefault("WANDB_RESUME", "allow")
+    if folder is not None:
+        os.environ.setdefault("WANDB_DIR" if tracker == "wandb" else "TENSORBOARD_LOGGING_DIR", str(make_folder(folder)))
+    return {"report_to": [tracker], "run_name": run_id}

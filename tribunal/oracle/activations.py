@@ -1,0 +1,208 @@
+"""The vectors that examples ask for: one pass over each trace for all its questions, tokens and layers, or none at all.
+
+Rows that the activation store holds are read from there. What is missing is read in batches of traces, adapter off, and
+nothing runs after the deepest wanted block. Batches are a function of the examples that are asked for together.
+
+Shapes: B traces, L tokens, D model width, K vectors of one example, P places (row of the batch, token).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tribunal.activations.extraction import DEFAULT_BATCH_TOKENS, check_layers
+from tribunal.activations.store import ActivationSet
+from tribunal.core.errors import DataError, ModelError, UserError
+from tribunal.core.records import Trace
+from tribunal.models.loading import LoadedModel, identity
+from tribunal.models.residual import input_device, read_residual
+from tribunal.oracle.examples import Example
+from tribunal.traces.files import TraceFile
+
+Place = tuple[int, int]
+"""A token of a trace (index into completion_ids, -1 = last prompt token) and a layer."""
+
+
+class _Wanted(NamedTuple):
+    """A trace to be run: its ids up to the last wanted token, and what is read of it."""
+
+    key: str
+    ids: list[int]
+    prompt_len: int
+    places: set[Place]
+
+
+class ActivationSource:
+    """Hands out the vectors of examples.
+
+    Args:
+        loaded: the model that the traces were sampled from; an adapter on it is switched off while it is read.
+        traces: the traces that examples speak of.
+        store: what extract_activations kept, or None.
+        batch_tokens: tokens in a batch, padding included; None takes 512 on a CPU and 16384 on a GPU.
+    Raises:
+        UserError: the store holds another model's activations.
+    """
+
+    def __init__(self, loaded: LoadedModel, traces: TraceFile, store: ActivationSet | None, *, batch_tokens: int | None = None) -> None:
+        self.loaded = loaded
+        self.traces = traces
+        self.store = store
+        self.passes = 0
+        """Traces run through the model so far, for receipts and tests."""
+        self.device = input_device(loaded.model)
+        self.batch_tokens = batch_tokens or DEFAULT_BATCH_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
+        self._numbers = {key: number for number, key in enumerate(traces.keys)}
+        self._stored: dict[str, dict[int, tuple[str, int]]] = {}
+        if store is not None:
+            self._check_store(store)
+            self._stored = _single_tokens(store)
+
+    def vectors(self, examples: Iterable[Example]) -> Iterator[tuple[str, Tensor]]:
+        """(key of the example, its vectors [K, D] in float32 on the CPU, layer by layer), grouped by trace.
+
+        Raises:
+            DataError: an example speaks of a trace or a token that is not there.
+            ModelError: a layer is out of range, or the model gives NaN or infinity.
+        """
+        by_trace: dict[str, list[Example]] = defaultdict(list)
+        for example in examples:
+            by_trace[example.trace_key].append(example)
+        check_layers(sorted({layer for known in by_trace.values() for e in known for layer in e.layers}), self.loaded.n_layers, "layers")
+        stored = {key: [e for e in known if self._in_store(e)] for key, known in by_trace.items()}
+        yield from self._from_store([e for known in stored.values() for e in known])
+        missing = {key: [e for e in known if not self._in_store(e)] for key, known in by_trace.items()}
+        for batch in self._batches([self._wanted(key, known) for key, known in missing.items() if known]):
+            read = self._run(batch)
+            for wanted in batch:
+                for example in missing[wanted.key]:
+                    rows = [read[wanted.key, token, layer] for layer in example.layers for token in example.tokens]
+                    yield example.key, torch.stack(rows)
+
+    def _in_store(self, example: Example) -> bool:
+        tokens = self._stored.get(example.trace_key, {})
+        return self.store is not None and set(example.layers) <= set(self.store.layers) and all(t in tokens for t in example.tokens)
+
+    def _from_store(self, examples: Sequence[Example]) -> Iterator[tuple[str, Tensor]]:
+        """One layer and pooling of the store is in memory at a time, so vectors are gathered first."""
+        if not examples or self.store is None:
+            return
+        places: dict[tuple[int, str], list[tuple[int, int, int]]] = defaultdict(list)  # (example, which vector, row)
+        for number, example in enumerate(examples):
+            for which, (layer, token) in enumerate((layer, token) for layer in example.layers for token in example.tokens):
+                pooling, row = self._stored[example.trace_key][token]
+                places[layer, pooling].append((number, which, row))
+        out = [torch.empty(example.n_vectors, self.store.d_model) for example in examples]
+        for (layer, pooling), listed in sorted(places.items()):
+            rows_RD = self.store.read(layer, pooling)
+            for number, which, row in listed:
+                out[number][which] = rows_RD[row]
+        yield from ((example.key, vectors_KD) for example, vectors_KD in zip(examples, out))
+
+    def _wanted(self, key: str, examples: Sequence[Example]) -> _Wanted:
+        trace = self._trace(key)
+        places = {(token, layer) for e in examples for layer in e.layers for token in e.tokens}
+        last = max(token for token, _ in places)
+        first = min(token for token, _ in places)
+        if last >= len(trace.completion_ids) or len(trace.prompt_ids) + first < 0:
+            raise DataError(f"trace {key}: no token {last if last > 0 else first}; the examples were made of other traces: make them again")
+        return _Wanted(key, (trace.prompt_ids + trace.completion_ids)[: len(trace.prompt_ids) + last + 1], len(trace.prompt_ids), places)
+
+    def _trace(self, key: str) -> Trace:
+        if key not in self._numbers:
+            raise DataError(f"{self.traces.path}: no trace {key}; the examples were made of other traces: make them again")
+        return next(self.traces.read([self._numbers[key]]))
+
+    def _batches(self, wanted: list[_Wanted]) -> Iterator[list[_Wanted]]:
+        """Longest first, each as wide as its first; a longer trace than the budget runs alone."""
+        waiting = sorted(wanted, key=lambda w: (-len(w.ids), w.key))
+        while waiting:
+            size = max(1, self.batch_tokens // len(waiting[0].ids))
+            yield waiting[:size]
+            del waiting[:size]
+
+    def _run(self, batch: Sequence[_Wanted]) -> Mapping[tuple[str, int, int], Tensor]:
+        """One pass: the wanted states [D] by (trace, token, layer)."""
+        ids_BL = torch.zeros(len(batch), len(batch[0].ids), dtype=torch.long)
+        by_layer: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for row, wanted in enumerate(batch):
+            ids_BL[row, : len(wanted.ids)] = torch.tensor(wanted.ids)
+            for token, layer in sorted(wanted.places):
+                by_layer[layer].append((row, token))
+        read: dict[int, Tensor] = {}
+
+        def see(layer: int) -> Callable[[Tensor], None]:
+            rows_P = torch.tensor([row for row, _ in by_layer[layer]])
+            tokens_P = torch.tensor([batch[row].prompt_len + token for row, token in by_layer[layer]])
+
+            def keep(hidden_BLD: Tensor) -> None:
+                read[layer] = hidden_BLD[rows_P.to(hidden_BLD.device), tokens_P.to(hidden_BLD.device)].float()
+
+            return keep
+
+        try:
+            with _as_base(self.loaded.model):
+                read_residual(self.loaded.model, ids_BL.to(self.device), {layer: see(layer) for layer in by_layer})
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"out of memory reading {len(batch)} traces of up to {len(batch[0].ids)} tokens; "
+                f"lower batch_tokens (now {self.batch_tokens})"
+            ) from error
+        self.passes += len(batch)
+        found: dict[tuple[str, int, int], Tensor] = {}
+        for layer, rows_PD in read.items():
+            rows_PD = rows_PD.cpu()
+            if not torch.isfinite(rows_PD).all():
+                raise ModelError(f"layer {layer}: the model gives NaN or infinity; load it with model.dtype=bfloat16 or float32")
+            for (row, token), vector_D in zip(by_layer[layer], rows_PD):
+                found[batch[row].key, token, layer] = vector_D
+        return found
+
+    def _check_store(self, store: ActivationSet) -> None:
+        ours = identity(self.loaded)
+        differing = [f"{name}: {store.meta.model.get(name)}, now {ours[name]}" for name in ours if store.meta.model.get(name) != ours[name]]
+        if differing:
+            raise UserError(
+                f"{store.folder}: activations of another model ({'; '.join(differing)}); "
+                "run extract_activations again, or leave the store out"
+            )
+
+
+def _single_tokens(store: ActivationSet) -> dict[str, dict[int, tuple[str, int]]]:
+    """{trace: {token: (pooling, row)}} of the rows that are one token's state, not a mean; the first pooling that has it counts."""
+    found: dict[str, dict[int, tuple[str, int]]] = defaultdict(dict)
+    for pooling in store.poolings:
+        for number, row in enumerate(store.rows(pooling)):
+            if row.end_token - row.start_token == 1:
+                found[row.key].setdefault(row.start_token, (pooling, number))
+    return found
+
+
+@contextmanager
+def _as_base(model: nn.Module) -> Iterator[None]:
+    """While the context is open, every PEFT layer passes its base layer through and nothing is dropped out.
+
+    Works on the layers, since ``loaded.model`` is the object inside PEFT's wrapper and does not know of it.
+    """
+    layers: list[Any] = [m for m in model.modules() if getattr(m, "disable_adapters", None) is False]
+    learning = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+    training = [module for module in model.modules() if module.training]
+    for layer in layers:
+        layer.enable_adapters(False)
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for module in training:
+            module.training = True
+        for parameter, flag in learning:  # PEFT makes adapters trainable when it switches them on
+            parameter.requires_grad_(flag)
