@@ -17,6 +17,7 @@ from tests.toy import toy
 from tribunal.cluster import preemption
 from tribunal.cluster.job import Shard
 from tribunal.cluster.launch import CONTINUE, FINISHED, run
+from tribunal.cluster.lease import Lease
 from tribunal.core.errors import ConfigError, StorageError
 from tribunal.core.receipts import read_receipt, verify
 
@@ -108,6 +109,20 @@ def test_a_shard_reads_its_own_journal_and_not_that_of_its_siblings(tmp_path):
     assert run(toy(Shard(0, 3)), quiet=True) == FINISHED
     with pytest.raises(StorageError, match=r"1-of-3.1.jsonl|Is a directory"):
         run(toy(Shard(0, 2)), quiet=True)  # of another number of shards: it may hold units of ours
+
+
+def test_a_shard_whose_sibling_publishes_while_it_ends_has_finished_too(tmp_path, monkeypatch):
+    retire, others = Lease.retire, iter([toy(Shard(0, 2))])
+
+    def sibling_first(lease):
+        for other in others:
+            assert run(other, quiet=True) == FINISHED
+        retire(lease)
+
+    monkeypatch.setattr(Lease, "retire", sibling_first)
+    assert run(toy(Shard(1, 2)), quiet=True) == FINISHED
+    assert read_receipt(toy().results)["totals"]["units"] == 8
+    assert not toy().state.exists()
 
 
 def test_another_number_of_shards_takes_over_what_is_done(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ from tribunal.cluster.slurm import Start, this_start
 from tribunal.core import registry
 from tribunal.core.config import Experiment, load_experiment
 from tribunal.core.errors import ConfigError, StorageError, UserError
-from tribunal.core.storage import make_folder, read_json, saving, write_json
+from tribunal.core.storage import make_folder, saving, write_json
 from tribunal.core.work import Json
 
 FINISHED, CONTINUE = 0, 75
@@ -181,8 +181,8 @@ def run(job: Job[Any], *, stop: StopSignal | None = None, quiet: bool = False, m
     ledger = Ledger(job.state / "generations.jsonl")
     job.set_aside = units_set_aside(ledger.with_units_in_flight())
     try:
-        notes = [read_json(job.marker.with_name(f"{Shard(index, job.shard.count)}.json"))["notes"] for index in range(job.shard.count)]
-        publish(job, ledger, notes)
+        if not already_finished(job):  # another shard may have published meanwhile
+            publish(job, ledger)
     except LeaseHeld:
         _say(f"{job.name}: shard {job.shard} is complete; another process is publishing the results", quiet)
         return FINISHED

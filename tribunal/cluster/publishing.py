@@ -25,17 +25,18 @@ from tribunal.core.work import Json
 STARTED = "started.json"
 
 
-def publish(job: Job[Any], ledger: Ledger, notes: Sequence[Json]) -> None:
+def publish(job: Job[Any], ledger: Ledger) -> None:
     """Write the artefacts beside their place, hash them, and move the folder into place in one rename.
 
-    Args:
-        notes: every shard's ``receipt_notes``; numbers of the same name are added up.
+    Every shard's ``receipt_notes`` go into the receipt; numbers of the same name are added up.
+
     Raises:
         LeaseHeld: another process is publishing, or has taken that over.
     """
     with Lease(job.state / "leases" / "publish", f"publishing {job.experiment.name}/{job.name}") as lease:
         if already_finished(job):
             return
+        notes = [read_json(job.marker.with_name(f"{Shard(index, job.shard.count)}.json"))["notes"] for index in range(job.shard.count)]
         staging = make_folder(job.results.parent) / f".{job.name}.staging-{lease.epoch}"
         for left in job.results.parent.glob(f".{job.name}.staging-*"):
             shutil.rmtree(left, ignore_errors=True)
