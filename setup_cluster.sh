@@ -44,16 +44,6 @@ die() { # the first argument is the error, the others say what to do
 
 site_has() { [ -f "$site" ] && grep -Eq "^[#[:space:]]*$1=" "$site"; }
 
-load_site() { # what the shell's environment says wins over the file
-    [ -f "$site" ] || return 0
-    local line key
-    while IFS= read -r line || [ -n "$line" ]; do
-        [[ $line =~ ^([A-Za-z_][A-Za-z0-9_]*)= ]] || continue
-        key=${BASH_REMATCH[1]}
-        [ -n "${!key+set}" ] || eval "export $line"
-    done <"$site"
-}
-
 quoted() { # one word for a shell and for Python's shlex
     if [[ $1 =~ ^[A-Za-z0-9_./:@%+,-]+$ ]]; then
         printf '%s' "$1"
@@ -70,7 +60,7 @@ record() { # KEY VALUE: add a line unless the file has one
         printf '%s=%s\n' "$key" "$(quoted "$value")" >>"$site"
         return 0
     fi
-    kept=$(unset "$key" && load_site && printf '%s' "${!key-}")
+    kept=$(unset "$key" && load_site "$site" && printf '%s' "${!key-}")
     [ "$kept" = "$value" ] ||
         note note "$key=$value holds for this run only; $site keeps '$kept': edit that line to change it for good"
 }
@@ -410,7 +400,9 @@ done
 
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 site=$project/.tribunal-site.env
-load_site
+# shellcheck source=sbatch/site.sh
+. "$project/sbatch/site.sh"
+load_site "$site"
 venv=${TRIBUNAL_VENV:-$project/.venv}
 case $venv in /*) ;; *) venv=$project/$venv ;; esac
 log=$venv/setup.log

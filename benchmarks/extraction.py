@@ -191,9 +191,9 @@ def serve(name: str, args: argparse.Namespace, connection: Connection) -> None:
         result: Pooled | None = None
         connection.send("ready")
         while connection.recv() == "run":
-            start = clock(args.device)
+            start = clock(args.device, wall=args.threads > 1)
             result = way()
-            connection.send(clock(args.device) - start)
+            connection.send(clock(args.device, wall=args.threads > 1) - start)
         if isinstance(way, Ours):
             result = way.pooled(LAYERS[args.shape])
         assert result is not None
@@ -219,16 +219,17 @@ def compare(args: argparse.Namespace) -> bool:
 
         return run
 
-    peak = matmul_peak_flops(device, dtype)
+    wall = args.threads > 1  # peak and runs by the same clock
+    peak = matmul_peak_flops(device, dtype, wall=wall)
     seconds = paired_seconds({name: ask(name) for name in WAYS}, args.repeats)
-    peak = max(peak, matmul_peak_flops(device, dtype))
+    peak = max(peak, matmul_peak_flops(device, dtype, wall=wall))
     results: dict[str, Pooled] = {}
     for name, end in ends.items():
         end.send("stop")
         results[name] = {key: torch.from_numpy(rows) for key, rows in end.recv().items()}
 
     bound_s = flop_bound(pairs, shape, max(layers) + 1) / peak
-    clock_name = "CPU seconds" if device == "cpu" else "seconds"
+    clock_name = "CPU seconds" if device == "cpu" and not wall else "seconds"
     print(f"{args.shape}: {len(pairs)} sequences, {tokens} tokens, layers {layers} (ours 0 too), {'+'.join(POOLINGS)} in float32")
     print(f"{device}, {args.threads} threads, {args.repeats} repeats in turn, each way in its own process; medians")
     print(f"matmul peak {peak / 1e9:.0f} GFLOP/s; at that rate the flops that must be done take {bound_s:.1f} s")

@@ -1,17 +1,15 @@
 #!/bin/bash
 # A pipeline as dependent jobs, by hand: each starts on its inputs' receipts, however often those were interrupted.
+# The code and the experiment are copied now: edits made while a job waits change nothing.
 #
 #   sbatch/pipeline.sh [calibrate|cross_examine|oracle|trial] experiments/X.yaml [section.key=value ...]
 #
 # SBATCH_ACCOUNT, SBATCH_PARTITION and the like choose where they run; else the site file's TRIBUNAL_SLURM_* values.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-[ $# -ge 1 ] || { sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2; }
-if [ -f .tribunal-site.env ]; then
-    while IFS= read -r line || [ -n "$line" ]; do
-        [[ $line =~ ^([A-Za-z_][A-Za-z0-9_]*)= ]] && [ -z "${!BASH_REMATCH[1]+set}" ] && eval "export $line"
-    done <.tribunal-site.env
-fi
+[ $# -ge 1 ] || { sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2; }
+. sbatch/site.sh
+use_site "$PWD"
 for name in ACCOUNT PARTITION QOS; do
     site=TRIBUNAL_SLURM_$name given=SBATCH_$name
     [ -n "${!given-}" ] || [ -z "${!site-}" ] || export "$given=${!site}"
@@ -29,9 +27,11 @@ case $pipeline in
     *) echo "error: no pipeline '$pipeline'; expected calibrate, cross_examine, oracle or trial, then the experiment file" >&2; exit 2 ;;
 esac
 [ $# -ge 1 ] || { echo "error: give the experiment file after '$pipeline'" >&2; exit 2; }
+experiment=$(PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD python -m tribunal.cluster.by_hand --now "$@")
+export TRIBUNAL_HOME=$PWD
 after='' names=''
 for job in $jobs; do
-    given=("$@")
+    given=("$experiment")
     [ "$job" != report ] || given+=("report.after=[$names]")
     id=$(sbatch --parsable ${after:+"$after"} "sbatch/$job.sbatch" "${given[@]}")
     echo "$job: ${id%%;*}"

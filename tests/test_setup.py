@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from tribunal.cluster.site import _parse
+
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ["python3.10", "python3.11", "python3.12", "python3.13", "python3", "python"]
 MANAGERS = ["conda", "mamba", "uv"]
@@ -42,6 +44,8 @@ class Machine:
         self.project.mkdir()
         for name in ("setup_cluster.sh", "requirements.txt", "requirements-dev.txt", "pyproject.toml"):
             shutil.copy(ROOT / name, self.project)
+        (self.project / "sbatch").mkdir()
+        shutil.copy(ROOT / "sbatch" / "site.sh", self.project / "sbatch")
         self.site = self.project / ".tribunal-site.env"
         for name in PYTHONS:
             executable(folder / "bin" / name, "#!/bin/sh\necho 3.8.18\n")
@@ -70,9 +74,9 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-@pytest.mark.parametrize("script", ["setup_cluster.sh", ".ci/run"])
+@pytest.mark.parametrize("script", ["setup_cluster.sh", ".ci/run", *(f"sbatch/{path.name}" for path in (ROOT / "sbatch").glob("*.sh"))])
 def test_the_scripts_are_clean_shell(script: str):
-    checks = [["bash", "-n"], ["shellcheck"]] if shutil.which("shellcheck") else [["bash", "-n"]]
+    checks = [["bash", "-n"], ["shellcheck", "-x"]] if shutil.which("shellcheck") else [["bash", "-n"]]
     for check in checks:
         run = subprocess.run([*check, script], cwd=ROOT, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stdout + run.stderr
@@ -155,10 +159,26 @@ def test_caches_and_results_go_to_scratch_and_the_shell_reads_the_site_file_as_p
     assert settings["TRIBUNAL_ROOT"] == str(scratch / "tribunal")
     assert settings["HF_HOME"] == str(scratch / "tribunal/cache/huggingface")
     assert settings["TRIBUNAL_SLURM_ACCOUNT"] == "abc 123"
-    source = f"set -a; . {shlex.quote(str(machine.site))}; env -0"
-    shell = subprocess.run(["bash", "-c", source], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True)
-    sourced = dict(entry.split("=", 1) for entry in shell.stdout.split("\0") if "=" in entry)
-    assert {key: sourced.get(key) for key in settings} == settings
+    for source in (f"set -a; . {shlex.quote(str(machine.site))}", f". sbatch/site.sh; load_site {shlex.quote(str(machine.site))}"):
+        sourced = environment_after(source, machine.project)
+        assert {key: sourced.get(key) for key in settings} == settings
+
+
+def test_the_site_file_is_read_by_the_scripts_as_by_python_and_the_environment_wins(machine: Machine):
+    machine.site.write_text("# mine\n#A=off\nB='two words'\n export C=\"it's\"\nD=\nPATH=/nowhere\nE=last")
+    settings = {key: value for key, value in _parse(machine.site).items() if key != "PATH"}
+    sourced = environment_after(f". sbatch/site.sh; load_site {shlex.quote(str(machine.site))}", machine.project)
+    assert settings == {"B": "two words", "C": "it's", "D": "", "E": "last"}
+    assert {key: sourced.get(key) for key in ("A", *settings)} == {"A": None, **settings}
+    assert sourced["PATH"] == "/usr/bin:/bin"
+
+
+def environment_after(script: str, folder: Path) -> dict[str, str]:
+    """The environment after some lines of bash."""
+    shell = subprocess.run(
+        ["bash", "-euc", f"{script}; env -0"], cwd=folder, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=True
+    )
+    return dict(entry.split("=", 1) for entry in shell.stdout.split("\0") if "=" in entry)
 
 
 def test_without_scratch_everything_stays_where_it_is_by_default(machine: Machine):

@@ -17,6 +17,7 @@ from tests.toy import toy
 from tribunal.cluster import preemption
 from tribunal.cluster.job import Shard
 from tribunal.cluster.launch import CONTINUE, FINISHED, run
+from tribunal.cluster.lease import Lease
 from tribunal.core.errors import ConfigError, StorageError
 from tribunal.core.receipts import read_receipt, verify
 
@@ -61,6 +62,66 @@ def test_shards_publish_once_by_whoever_ends_last_with_the_digest_of_one(tmp_pat
     receipt = read_receipt(toy().results)
     assert receipt["digest"] == expected["digest"]
     assert receipt["totals"]["units"] == 8
+    assert not toy().state.exists()
+
+
+def test_a_finished_shard_keeps_two_files_and_its_next_start_ends_at_once(tmp_path, monkeypatch):
+    assert run(toy(Shard(0, 3)), quiet=True) == FINISHED
+    state = toy().state
+    files = {path.relative_to(state).as_posix() for path in state.rglob("*") if path.is_file() and "parts" not in path.parts}
+    assert files == {"started.json", "generations.jsonl", "journal/0-of-3.1.jsonl", "finished/0-of-3.json"}
+    assert [path.name for path in (state / "leases").iterdir()] == []
+    again = toy(Shard(0, 3))
+    monkeypatch.setattr(again, "check", lambda: pytest.fail("it looked at more than its marker"))
+    assert run(again, quiet=True) == FINISHED
+    with pytest.raises(ConfigError, match="started with another configuration"):
+        run(toy(Shard(0, 3), factor=4), quiet=True)
+
+
+def test_a_finished_shard_is_recognised_without_torch(tmp_path):
+    (tmp_path / "x.yaml").write_text(
+        "{name: x, model: {name: 'builtin:addition'}, dataset: {name: addition}, generate_traces: {wave_size: 4}}"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    code = """
+import sys
+from tribunal.cluster.job import Shard
+from tribunal.cluster.launch import make_job, run
+from tribunal.cluster.publishing import claim_state
+from tribunal.core.config import load_experiment
+from tribunal.core.storage import make_folder, write_json
+job = make_job("generate_traces", load_experiment("x.yaml"), Shard(1, 4))
+claim_state(job)
+make_folder(job.marker.parent)
+write_json(job.marker, {"notes": {}})
+assert run(job) == 0
+assert not {"torch", "transformers"} & sys.modules.keys()
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "generate_traces: shard 1-of-4 is complete; 3 of 4 shards are still to come\n"
+
+
+def test_a_shard_reads_its_own_journal_and_not_that_of_its_siblings(tmp_path):
+    siblings = toy().state / "journal" / "1-of-3.1.jsonl"
+    siblings.mkdir(parents=True)  # a folder: reading it is an error
+    assert run(toy(Shard(0, 3)), stop=StopAfter(1), quiet=True) == CONTINUE
+    assert run(toy(Shard(0, 3)), quiet=True) == FINISHED
+    with pytest.raises(StorageError, match=r"1-of-3.1.jsonl|Is a directory"):
+        run(toy(Shard(0, 2)), quiet=True)  # of another number of shards: it may hold units of ours
+
+
+def test_a_shard_whose_sibling_publishes_while_it_ends_has_finished_too(tmp_path, monkeypatch):
+    retire, others = Lease.retire, iter([toy(Shard(0, 2))])
+
+    def sibling_first(lease):
+        for other in others:
+            assert run(other, quiet=True) == FINISHED
+        retire(lease)
+
+    monkeypatch.setattr(Lease, "retire", sibling_first)
+    assert run(toy(Shard(1, 2)), quiet=True) == FINISHED
+    assert read_receipt(toy().results)["totals"]["units"] == 8
     assert not toy().state.exists()
 
 

@@ -54,6 +54,22 @@ def test_epochs_only_grow(tmp_path):
     assert [p.name for p in (tmp_path / "lease").iterdir()] == ["epoch-000003.json"]
 
 
+def test_a_retired_lease_leaves_nothing_and_one_who_waited_for_it_gets_the_next(tmp_path, monkeypatch):
+    first, second = Lease(tmp_path / "lease", "work", beat_s=0), Lease(tmp_path / "lease", "work", beat_s=0)
+    first.acquire()
+    claim = second._claim
+
+    def retired_just_before():
+        if (tmp_path / "lease").exists() and not first._released.is_set():
+            first.retire()
+            assert not (tmp_path / "lease").exists()
+        return claim()
+
+    monkeypatch.setattr(second, "_claim", retired_just_before)
+    second.acquire()
+    assert second.held() and not first.held()
+
+
 def foreign(folder, **changes):
     folder.mkdir()
     holder = {**identity(), "host": "othernode", "beat": 0, "released": False, "facts": {}, **changes}

@@ -177,6 +177,6 @@ QUICK: dict[str, Any] = {
 
 def _is_ours(pid: int) -> bool:
     try:
-        return b"jobs." in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return any(word in Path(f"/proc/{pid}/cmdline").read_bytes() for word in (b"jobs.", b"run_job.py"))
     except OSError:
         return False

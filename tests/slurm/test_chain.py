@@ -30,7 +30,7 @@ def test_a_chain_of_three_interrupted_in_each_stage_ends_whole(bench: Bench, req
     for stage in STAGES:  # the reference runs them one after the other
         expected = bench.undisturbed(stage)
     assert bench.finished("third")["digest"] == expected["digest"]
-    assert list((bench.folder / "checkpoints").glob("x/*")) == []
+    assert [path.name for path in (bench.folder / "checkpoints" / "x").iterdir()] == ["submissions"]
 
 
 def test_a_child_without_its_input_puts_itself_back_and_starts_on_the_receipt(bench: Bench) -> None:

@@ -21,7 +21,7 @@ def workers(job: str, rank: int) -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"jobs.steps" in (folder / "cmdline").read_bytes() and wanted <= set((folder / "environ").read_bytes().split(b"\0")):
+            if b"run_job.py\0steps" in (folder / "cmdline").read_bytes() and wanted <= set((folder / "environ").read_bytes().split(b"\0")):
                 found.append(int(folder.name))
         except OSError:
             continue  # ended meanwhile

@@ -74,6 +74,7 @@ def test_a_signal_during_import_loses_nothing_and_resubmits(bench: Bench) -> Non
     job = bench.submit("count")
     bench.until((bench.folder / "importing").exists, "the import has begun")
     bench.signal(job)
+    bench.until(lambda: "asked to stop (SIGUSR1)" in bench.logs(), "the signal has come")
     (bench.folder / "importing").unlink()
     bench.until((bench.folder / "importing").exists, "the second generation's import has begun")
     (bench.folder / "importing").unlink()

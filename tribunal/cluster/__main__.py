@@ -9,6 +9,7 @@ Finished stages are recognised at once; the stage that a generation was stopped 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tribunal.cluster import preemption
@@ -21,16 +22,16 @@ from tribunal.cluster.slurm import this_start  # noqa: E402
 from tribunal.cluster.supervision import supervise  # noqa: E402
 
 
-def main() -> int:
-    if len(sys.argv) < 3:
+def main(argv: Sequence[str]) -> int:
+    if len(argv) < 2:
         print(__doc__, file=sys.stderr)
         return 2
-    what, path, *overrides = sys.argv[1:]
+    what, path, *overrides = argv
     names = [name for part in what.split(",") for name in jobs_of(part)]
     experiment = launch.open_experiment(Path(path), overrides)
     if this_start() is None:
         return run_pipeline(names, experiment)
-    command = [sys.executable, "-m", "tribunal.cluster", what, str(experiment.path.resolve()), *overrides]
+    command = [sys.executable, *sys.orig_argv[1:]]  # as it was started: -m in a checkout, or a snapshot's file
     for name in names:
         if code := supervise(launch.make_job(name, experiment), command):
             return code
@@ -38,4 +39,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(launch.guarded(main))
+    sys.exit(launch.guarded(lambda: main(sys.argv[1:])))

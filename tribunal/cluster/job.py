@@ -126,7 +126,10 @@ class Job(Generic[ConfigT]):
 
     @property
     def journal(self) -> Journal:
-        """Finished units: written by this shard, read from all shards and generations."""
+        """Finished units of this shard's part of the plan, whoever wrote them; after ``refresh()`` those of all shards.
+
+        The other shards of the same number work on other parts: a start of one of 10,000 does not read their files.
+        """
         return self._journal("journal")
 
     @property
@@ -183,6 +186,11 @@ class Job(Generic[ConfigT]):
         return self.state / "leases" / str(self.shard)
 
     @property
+    def marker(self) -> Path:
+        """Says that every unit of this shard is durable; holds what the shard has to say in the receipt."""
+        return self.state / "finished" / f"{self.shard}.json"
+
+    @property
     def fences(self) -> Fences:
         """What generations that were taken over had written until then: all of theirs that counts."""
         return Fences(self.state)
@@ -202,7 +210,7 @@ class Job(Generic[ConfigT]):
             return []  # killed within its one write
         if note["writer"] != f"{self.shard}.{epoch}":
             return []
-        recorded = self._journals.get("journal") or Journal(self.state / "journal", limit=self.fences.journal("journal"))
+        recorded = self._journals.get("journal") or self._open("journal", None)
         return [key for key in note["keys"] if key not in recorded][:MAX_IN_FLIGHT]
 
     def progressed_in(self, epoch: int) -> bool:
@@ -229,11 +237,19 @@ class Job(Generic[ConfigT]):
 
     def _journal(self, name: str) -> Journal:
         if name not in self._journals:
-            self._journals[name] = Journal(
-                self.state / name,
-                writer=f"{self.shard}.{self.epoch}",
-                attempts=self.attempts if name == "journal" else None,
-                set_aside=self.set_aside,
-                limit=self.fences.journal(name),
-            )
+            self._journals[name] = self._open(name, f"{self.shard}.{self.epoch}")
         return self._journals[name]
+
+    def _open(self, name: str, writer: str | None) -> Journal:
+        def may_hold_ours(file: str) -> bool:
+            index, _, count = file.partition(".")[0].partition("-of-")
+            return count != str(self.shard.count) or index == str(self.shard.index)
+
+        return Journal(
+            self.state / name,
+            writer,
+            attempts=self.attempts if name == "journal" else None,
+            set_aside=self.set_aside,
+            limit=self.fences.journal(name),
+            at_first=may_hold_ours,
+        )

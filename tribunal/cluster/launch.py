@@ -27,14 +27,14 @@ from tribunal.cluster.lease import Lease, LeaseHeld
 from tribunal.cluster.ledger import Ledger
 from tribunal.cluster.preemption import StopSignal
 from tribunal.cluster.progress import ProgressDisplay
-from tribunal.cluster.publishing import already_finished, claim_state, publish
+from tribunal.cluster.publishing import already_finished, claim_state, publish, shards_to_come
 from tribunal.cluster.ranks import Meeting
 from tribunal.cluster.site import use_site_values
 from tribunal.cluster.slurm import Start, this_start
 from tribunal.core import registry
 from tribunal.core.config import Experiment, load_experiment
 from tribunal.core.errors import ConfigError, StorageError, UserError
-from tribunal.core.storage import make_folder, read_json, saving, write_json
+from tribunal.core.storage import make_folder, saving, write_json
 from tribunal.core.work import Json
 
 FINISHED, CONTINUE = 0, 75
@@ -43,12 +43,7 @@ FINISHED, CONTINUE = 0, 75
 def main(job: str, argv: Sequence[str] | None = None) -> None:
     """Entry point of ``python -m jobs.<job>``."""
     preemption.install()
-    parser = argparse.ArgumentParser(prog=f"python -m jobs.{job}", allow_abbrev=False)
-    parser.add_argument("experiment", type=Path, help="the experiment file, e.g. experiments/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes on top of the file")
-    parser.add_argument("--shard", metavar="I/N", help="work on shard I of N (0-based); in SLURM by default the array's task")
-    parser.add_argument("--limit", type=int, metavar="N", help="smoke run: the first N problems, under a name of its own")
-    args = parser.parse_intermixed_args(argv)
+    args = arguments(f"python -m jobs.{job}").parse_intermixed_args(argv)
 
     def body() -> int:
         use_site_values()
@@ -70,6 +65,16 @@ def main(job: str, argv: Sequence[str] | None = None) -> None:
         return supervise(made, command)
 
     sys.exit(guarded(body))
+
+
+def arguments(program: str) -> argparse.ArgumentParser:
+    """What every job takes on its command line."""
+    parser = argparse.ArgumentParser(prog=program, allow_abbrev=False)
+    parser.add_argument("experiment", type=Path, help="the experiment file, e.g. experiments/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes on top of the file")
+    parser.add_argument("--shard", metavar="I/N", help="work on shard I of N (0-based); in SLURM by default the array's task")
+    parser.add_argument("--limit", type=int, metavar="N", help="smoke run: the first N problems, under a name of its own")
+    return parser
 
 
 def guarded(run: Callable[[], int]) -> int:
@@ -163,42 +168,54 @@ def run(job: Job[Any], *, stop: StopSignal | None = None, quiet: bool = False, m
     if already_finished(job):
         _say(f"{job.name}: finished before ({job.results})", quiet)
         return FINISHED
-    for needed in job.needs:
-        job.results_of(needed)
-    job.check()
-    claim_state(job)
+    if shards_to_come(job) is None:
+        for needed in job.needs:
+            job.results_of(needed)
+        job.check()
+        claim_state(job)
+        if not _finish_shard(job, stop, meeting, quiet):
+            return CONTINUE
+    if to_come := shards_to_come(job):
+        _say(complete(job, to_come), quiet)
+        return FINISHED
     ledger = Ledger(job.state / "generations.jsonl")
-    resumed = bool(ledger.generations())
+    job.set_aside = units_set_aside(ledger.with_units_in_flight())
+    try:
+        if not already_finished(job):  # another shard may have published meanwhile
+            publish(job, ledger)
+    except LeaseHeld:
+        _say(f"{job.name}: shard {job.shard} is complete; another process is publishing the results", quiet)
+        return FINISHED
+    _say(f"{job.name}: finished ({job.results})", quiet)
+    return FINISHED
+
+
+def complete(job: Job[Any], to_come: int) -> str:
+    """What a start says whose shard has nothing left to do."""
+    return f"{job.name}: shard {job.shard} is complete; {to_come} of {job.shard.count} shards are still to come"
+
+
+def _finish_shard(job: Job[Any], stop: StopSignal, meeting: Meeting | None, quiet: bool) -> bool:
+    """Bring this shard to its end (True) or as far as it may go; it is ours alone meanwhile."""
+    ledger = Ledger(job.state / "generations.jsonl")
+    resumed = ledger.path.exists()
     display = ProgressDisplay(job.name, quiet=quiet)
     what = f"{job.experiment.name}/{job.name}" + (f" shard {job.shard}" if job.shard.count > 1 else "")
-    lost = f"{what} was taken over by a later start; this process has stopped and nothing that it still wrote is read"
     with Lease(job.lease_folder, what, facts=display.facts, on_lost=lambda: stop.request("superseded")) as lease:
         job.epoch = lease.epoch
         if lease.took_over:
             job.fences.draw(str(job.shard), job.epoch)
-        job.set_aside = units_set_aside(ledger.generations())
+        job.set_aside = units_set_aside(ledger.with_units_in_flight())
         if meeting is not None:
             meeting.open(job.epoch)
         _say(f"{job.name}: {'resuming' if resumed else 'starting'}", quiet)
-        if not _marker(job, job.shard.index).exists() and not _generation(job, ledger, stop, display, lease, quiet, meeting):
+        if not job.marker.exists() and not _generation(job, ledger, stop, display, lease, quiet, meeting):
             if lease.held():
-                return CONTINUE
-            raise LeaseHeld(lost)
-        waiting = sum(not _marker(job, index).exists() for index in range(job.shard.count))
-        if waiting:
-            _say(f"{job.name}: shard {job.shard} is complete; {waiting} of {job.shard.count} shards are still to come", quiet)
-            return FINISHED
-        job.set_aside = units_set_aside(ledger.generations())
-        try:
-            notes = [read_json(_marker(job, index))["notes"] for index in range(job.shard.count)]
-            publish(job, ledger, notes, lease.held)
-        except LeaseHeld:
-            if not lease.held():
-                raise LeaseHeld(lost) from None
-            _say(f"{job.name}: shard {job.shard} is complete; another process is publishing the results", quiet)
-            return FINISHED
-    _say(f"{job.name}: finished ({job.results})", quiet)
-    return FINISHED
+                return False
+            raise LeaseHeld(f"{what} was taken over by a later start; this process has stopped and nothing that it still wrote is read")
+        job.attempts.unlink(missing_ok=True)
+        lease.retire()  # the marker stands: a later start of this shard ends at once
+    return True
 
 
 def _generation(
@@ -224,8 +241,8 @@ def _generation(
         if not lease.held():
             finished, cause, units = False, "superseded", None  # what counts of them is what the one who took over has found
         if finished:
-            make_folder(job.state / "finished")
-            write_json(_marker(job, job.shard.index), {"notes": job.receipt_notes})
+            make_folder(job.marker.parent)
+            write_json(job.marker, {"notes": job.receipt_notes})
     except BaseException as error:
         facts = {"error": describe(error), "mendable": isinstance(error, UserError), "in_flight": job.in_flight(job.epoch)}
         if isinstance(error, KeyboardInterrupt):
@@ -269,11 +286,6 @@ def own_stop(job: Job[Any]) -> StopSignal:
     """The process's signals and SLURM's end time."""
     slurm = job.experiment.slurm
     return StopSignal(deadline_s=preemption.deadline_from_environment(slurm.signal_lead_s), save_every_s=slurm.save_every_s)
-
-
-def _marker(job: Job[Any], index: int) -> Path:
-    """Says that every unit of a shard is durable."""
-    return job.state / "finished" / f"{Shard(index, job.shard.count)}.json"
 
 
 def _say(text: str, quiet: bool) -> None:

@@ -85,16 +85,20 @@ class Lease:
         Raises:
             LeaseHeld: a live process holds it; names host and pid.
         """
-        make_folder(self.folder)
         while True:
+            make_folder(self.folder)
             newest = _newest(self.folder)
             if newest is not None:
                 self._wait_for(newest)
                 holder = _read(newest)
                 self.took_over = holder is None or not holder["released"]
             self.epoch = (_number(newest) if newest else 0) + 1
-            if self._claim():
-                break
+            try:
+                if self._claim():
+                    break
+            except StorageError:
+                if self.folder.exists():  # else it was retired meanwhile
+                    raise
         for path in self.folder.glob("epoch-*.json"):
             if _number(path) < self.epoch:
                 path.unlink(missing_ok=True)
@@ -114,9 +118,16 @@ class Lease:
             if self.path.exists():  # gone when the results were published and the state removed
                 write_json(self.path, {**self._holder(), "released": True})
 
+    def retire(self) -> None:
+        """Give the lease back and remove it: what it guarded is finished, and says so elsewhere. Its epochs start anew."""
+        self.release()
+        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody waits in it: no harm
+            self.folder.rmdir()
+
     def held(self) -> bool:
         """Whether the lease is still ours."""
-        return self.path.exists() and _newest(self.folder) == self.path
+        return not self._released.is_set() and self.path.exists() and _newest(self.folder) == self.path
 
     @property
     def path(self) -> Path:

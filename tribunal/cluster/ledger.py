@@ -6,7 +6,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,20 @@ class Ledger:
 
         ``before_resume``: the user has submitted the job again since, so this start counts against no budget any more.
         """
+        lines = self._lines()
+        if shard is not None:  # of 10,000 shards' events a start parses its own
+            lines = [line for line in lines if f'"shard": "{shard}"' in line or '"shard": "*"' in line]
+        return self._rows(lines)
+
+    def with_units_in_flight(self) -> list[Row]:
+        """The generations of every shard that ever ended while it worked on units: what ``budget.units_set_aside`` looks at."""
+        lines = self._lines()
+        shards = {event["shard"] for event in _parsed(line for line in lines if '"in_flight": ["' in line)}
+        return [row for shard in sorted(shards) for row in self.generations(shard)]
+
+    def _rows(self, lines: Iterable[str]) -> list[Row]:
         rows: dict[tuple[str, int], Row] = {}
-        for event in self._events():
+        for event in _parsed(lines):
             key = (event["shard"], event["epoch"])
             if event["event"] == "resumed":
                 for row in rows.values():
@@ -97,7 +109,7 @@ class Ledger:
                 elif event["event"] == "decided":
                     rows[key]["left"] = event["time"]  # its process ends within moments
         _count_killed(list(rows.values()))
-        return [row for row in rows.values() if shard is None or row["shard"] == shard]
+        return list(rows.values())
 
     def _append(self, event: Mapping[str, Any]) -> None:
         line = json.dumps({**event, "time": round(time.time(), 3)}) + "\n"
@@ -109,16 +121,16 @@ class Ledger:
             finally:
                 os.close(handle)
 
-    def _events(self) -> list[Row]:
-        if not self.path.exists():
-            return []
-        events = []
-        for line in self.path.read_text().splitlines():
-            try:
-                events.append(json.loads(line))
-            except ValueError:
-                continue  # torn: the writer was killed within its one write
-        return events
+    def _lines(self) -> list[str]:
+        return self.path.read_text().splitlines() if self.path.exists() else []
+
+
+def _parsed(lines: Iterable[str]) -> Iterator[Row]:
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue  # torn: the writer was killed within its one write
 
 
 def gpus(env: Mapping[str, str] = os.environ) -> int:

@@ -8,13 +8,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from tribunal import __version__
-from tribunal.cluster.job import Job
+from tribunal.cluster.job import Job, Shard
 from tribunal.cluster.lease import Lease, LeaseHeld
 from tribunal.cluster.ledger import Ledger
 from tribunal.core import receipts
@@ -25,23 +25,24 @@ from tribunal.core.work import Json
 STARTED = "started.json"
 
 
-def publish(job: Job[Any], ledger: Ledger, notes: Sequence[Json], holds: Callable[[], bool]) -> None:
+def publish(job: Job[Any], ledger: Ledger) -> None:
     """Write the artefacts beside their place, hash them, and move the folder into place in one rename.
 
-    Args:
-        notes: every shard's ``receipt_notes``; numbers of the same name are added up.
-        holds: whether the shard that publishes is still ours.
+    Every shard's ``receipt_notes`` go into the receipt; numbers of the same name are added up.
+
     Raises:
-        LeaseHeld: another process is publishing.
+        LeaseHeld: another process is publishing, or has taken that over.
     """
     with Lease(job.state / "leases" / "publish", f"publishing {job.experiment.name}/{job.name}") as lease:
         if already_finished(job):
             return
+        notes = [read_json(job.marker.with_name(f"{Shard(index, job.shard.count)}.json"))["notes"] for index in range(job.shard.count)]
         staging = make_folder(job.results.parent) / f".{job.name}.staging-{lease.epoch}"
         for left in job.results.parent.glob(f".{job.name}.staging-*"):
             shutil.rmtree(left, ignore_errors=True)
         with storage_errors(staging):
             staging.mkdir()
+            job.journal.refresh()
             given_up = sorted(unit for unit in job.set_aside if unit not in job.journal)
             job.publish(staging)
             job.close()
@@ -53,7 +54,7 @@ def publish(job: Job[Any], ledger: Ledger, notes: Sequence[Json], holds: Callabl
                 else:
                     fsync_folder(path)
             fsync_folder(staging)
-            if not holds():
+            if not lease.held():
                 raise LeaseHeld(f"{job.experiment.name}/{job.name} was taken over by another process, which will publish it")
             if job.reads_all and job.results.exists():  # made of what there was then
                 job.results.rename(job.results.parent / f".{job.name}.staging-{lease.epoch}-old")
@@ -86,6 +87,20 @@ def already_finished(job: Job[Any]) -> bool:
         f"{job.results} was made with another configuration ({'; '.join(differences)}). "
         "Give the experiment another name to start a second run, or remove that folder to start over."
     )
+
+
+def shards_to_come(job: Job[Any]) -> int | None:
+    """How many of the job's shards are not complete, where this one is, for this very configuration; else None.
+
+    One listing, however many shards there are. 0 says that the results are still to be published.
+    """
+    if not job.marker.exists() or not (job.state / STARTED).exists():
+        return None
+    if compare(read_json(job.state / STARTED), job.fingerprint()):
+        return None
+    count = job.shard.count
+    there = {path.name for path in job.marker.parent.iterdir()}
+    return sum(f"{Shard(index, count)}.json" not in there for index in range(count))
 
 
 def claim_state(job: Job[Any]) -> None:

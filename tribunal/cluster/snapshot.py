@@ -3,6 +3,7 @@ in the queue change nothing.
 
     checkpoints/<experiment>/submissions/code-<sha256>/    the packages, stored once per version of the code
     checkpoints/<experiment>/submissions/0001/             experiment.yaml, submission.json, scripts, logs
+    checkpoints/<experiment>/submissions/slurm-<id>/       experiment.yaml of a job submitted by hand (``by_hand``)
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ RECORD = "submission.json"
 COMMIT = "commit.txt"
 RUN_JOB = "run_job.py"
 ENTRY = '''"""Start one job from this snapshot: python run_job.py JOB EXPERIMENT.yaml [--shard I/N]
+or stages, one after the other:  python run_job.py --stages PIPELINE EXPERIMENT.yaml
 
 Started as a file, so this folder comes first on sys.path; ``-m`` would put the current folder there.
 """
@@ -44,9 +46,13 @@ if "TRIBUNAL_DRILL" in os.environ:
 
     drill_points.arm(os.environ["TRIBUNAL_DRILL"])
 
-from tribunal.cluster.launch import main  # noqa: E402
+from tribunal.cluster import launch  # noqa: E402
 
-main(sys.argv[1], sys.argv[2:])
+if sys.argv[1] == "--stages":
+    from tribunal.cluster.__main__ import main
+
+    sys.exit(launch.guarded(lambda: main(sys.argv[2:])))
+launch.main(sys.argv[1], sys.argv[2:])
 '''
 
 

@@ -21,10 +21,10 @@ from typing import Any
 
 from tribunal.cluster import budget, preemption, slurm
 from tribunal.cluster.job import Job
-from tribunal.cluster.launch import CONTINUE, FINISHED, guarded, run, run_rank
+from tribunal.cluster.launch import CONTINUE, FINISHED, complete, guarded, run, run_rank
 from tribunal.cluster.lease import release_dead
 from tribunal.cluster.ledger import Ledger, Row
-from tribunal.cluster.publishing import already_finished
+from tribunal.cluster.publishing import already_finished, shards_to_come
 from tribunal.cluster.ranks import Meeting
 from tribunal.cluster.resubmission import RETRY_S, Continuation
 from tribunal.cluster.slurm import JobFacts, SlurmError, Start
@@ -53,6 +53,11 @@ def supervise(job: Job[Any], command: Sequence[str], *, quiet: bool = False) -> 
     job.launched = _process_launched()
     if already_finished(job):
         print(f"{job.name}: finished before ({job.results})", flush=True)
+        return FINISHED
+    if to_come := shards_to_come(job):
+        print(complete(job, to_come), flush=True)
+        if start.ranks > 1:
+            Meeting(job.state, start).report(FINISHED, [])
         return FINISHED
     if (job.shards or start.rank == 0) and (code := wait_for_inputs(job, start, command)) is not None:
         return code

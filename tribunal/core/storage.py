@@ -201,11 +201,10 @@ class Journal:
     work. Whatever stands on appended units (a state that skips them, a marker that says that all are there) is
     preceded by ``sync``.
 
-    Opening reads every writer's file, so a shard sees the units of all shards and of earlier generations, and makes
-    those of earlier epochs of the same shard durable, since what this generation writes stands on them. A torn last line
-    (the writer was killed) is ignored, a damaged line elsewhere is named in the log and its unit counts as
-    not done. Where two writers wrote the same unit, the later epoch's is taken. Records stay on the disk: only
-    their places are held.
+    Opening reads what earlier generations have written, and makes durable what those of the same shard have, since what
+    this one writes stands on it; ``refresh`` takes in every writer's units. A torn last line (the writer was killed) is
+    ignored, a damaged line elsewhere is named in the log and its unit counts as not done. Where two writers wrote the
+    same unit, the later epoch's is taken. Records stay on the disk: only their places are held.
 
     Args:
         folder: the journal's folder; a writer creates it.
@@ -213,6 +212,7 @@ class Journal:
         attempts: file that ``attempting`` overwrites; None for no such note.
         set_aside: units that are not to be tried again.
         limit: bytes of a writer's file that count, by the file's name; None for all of it.
+        at_first: whether a writer's file, by its name, is read on opening; without it all are.
         sync_every_s: see above; 0 makes every append durable before it returns.
     """
 
@@ -224,6 +224,7 @@ class Journal:
         attempts: Path | None = None,
         set_aside: frozenset[str] = frozenset(),
         limit: Callable[[str], int | None] = lambda _: None,
+        at_first: Callable[[str], bool] = lambda _: True,
         sync_every_s: float = SYNC_EVERY_S,
     ) -> None:
         self.folder = folder if writer is None else make_folder(folder)
@@ -239,7 +240,7 @@ class Journal:
         self._read_to: dict[Path, int] = {}
         self._durable = 0  # bytes of our own file
         self._synced_at = -math.inf
-        self.refresh()
+        self._take_in(at_first)
         if writer is not None:
             with saving.timed(), storage_errors(self.folder):
                 for path in self._read_to:
@@ -269,10 +270,14 @@ class Journal:
             yield key, self[key]
 
     def refresh(self) -> None:
-        """Take in what other writers have appended since."""
+        """Take in what every writer has appended by now."""
+        self._take_in(lambda _: True)
+
+    def _take_in(self, wanted: Callable[[str], bool]) -> None:
         with storage_errors(self.folder, "read"):
             for path in sorted(self.folder.glob("*.jsonl")):
-                self._scan(path)
+                if wanted(path.name):
+                    self._scan(path)
 
     def append(self, records: Mapping[str, Json]) -> None:
         """Record these units: written now, durable at most ``sync_every_s`` of work later.
