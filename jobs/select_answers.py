@@ -61,7 +61,8 @@ class SelectAnswers(Job[Config]):
         problems, size = self.candidates.problems, self.config.chunk
 
         def process(chunk: list[str], stop: Stop) -> Iterator[Mapping[str, Json]]:
-            return self.candidates.measure([problem for problem in chunk if problem not in self.journal], stop)
+            waiting = [problem for problem in chunk if problem not in self.journal and problem not in self.set_aside]
+            return self.candidates.measure(waiting, stop)
 
         chunks = [problems[start : start + size] for start in range(0, len(problems), size)]
         return OverItems(self.shard.mine(chunks), keys=lambda chunk: chunk, process=process, journal=self.journal, unit="problem")

@@ -117,8 +117,10 @@ class TransferProbes(Job[Config]):
         return [(matrix, kind) for matrix in self.transfer.matrices for kind in matrix.kinds]
 
     def build(self) -> Work:
+        numbers = {item[0].key(item[1]): number for number, item in enumerate(self.plan())}
+
         def process(item: tuple[Matrix, Kind]) -> Json:
-            name = "-".join(part for part in item[0].key(item[1]).replace("/", " ").split())
+            name = f"row-{numbers[key(item)]:03d}"  # a number: a stratum may be called anything
             return self.transfer.fit_row(*item, self.parts / f"{name}.{self.epoch}.safetensors")  # the epoch: a late writer harms nobody
 
         def key(item: tuple[Matrix, Kind]) -> str:
@@ -138,7 +140,7 @@ class TransferProbes(Job[Config]):
             parts=self.parts,
             experiment=self.experiment.name,
             resamples=self.config.bootstrap,
-            planted=self._probes["model"]["name"].startswith("builtin:"),
+            planted=self.transfer.planted,
         )
 
 

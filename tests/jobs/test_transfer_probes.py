@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
@@ -11,8 +12,10 @@ from pydantic import ValidationError
 from jobs.transfer_probes import Config, TransferProbes
 from tests.jobs.calibrated import calibrate, experiment
 from tests.resume import assert_resume_is_exact
+from tribunal.cluster.launch import run
 from tribunal.core.errors import ConfigError, InputMissing
 from tribunal.core.reports import read_report
+from tribunal.probes.transfer import Kind, Matrix
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,24 @@ def test_stopped_after_any_row_and_resumed_it_ends_with_the_same_digest(make, tm
     assert {"experiment, trained on made, tested on more", "experiment, trained on more, tested on made"} <= names
     assert report.details["experiments"]["more"]["problems_shared"] == 30
     assert "Between experiments (made, more) the probe" in report.verdict
+
+
+def test_strata_of_like_names_have_parts_of_their_own(make, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIBUNAL_ROOT", str(tmp_path))
+    kinds = [Kind(name, None, 1, "mean", name) for name in ("a b", "a-b", "a/b", "b" * 300)]
+    monkeypatch.setattr(TransferProbes, "plan", lambda self: [(Matrix("difficulty", kinds), kind) for kind in kinds])
+    parts = []
+
+    def fit_row(matrix, kind, part):
+        part.write_bytes(b"")
+        parts.append(part.name)
+        return {"file": part.name}
+
+    job = make(tmp_path)
+    job.__dict__["transfer"] = SimpleNamespace(fit_row=fit_row)
+    monkeypatch.setattr(TransferProbes, "publish", lambda self, out: None)
+    run(job, quiet=True)
+    assert len(set(parts)) == len(kinds)
 
 
 def test_another_experiment_that_is_missing_unfinished_or_this_one_is_refused_in_one_line(make, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 from tests.tiny_models import FAMILIES, tiny_model
 from tribunal.core.errors import ModelError
@@ -83,3 +84,17 @@ def test_a_block_of_another_layout_is_refused_by_name():
     blocks(model)[0].self_attn.o_proj = torch.nn.Identity()
     with pytest.raises(ModelError, match="not Identity"):
         Components(model, 1)
+
+
+def test_blocks_that_normalise_what_they_add_are_refused_and_so_are_offloaded_weights():
+    config = Gemma2Config(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8
+    )
+    components = Components(AutoModelForCausalLM.from_config(config).eval(), 1)
+    writes = components.read(ids(), weights())
+    with pytest.raises(ModelError, match="Gemma2ForCausalLM: what heads and MLPs write does not add up to the residual stream"):
+        components.contributions(writes, torch.eye(32))
+    model = tiny_model("llama")
+    blocks(model)[0].self_attn.o_proj.to("meta")
+    with pytest.raises(ModelError, match="offloaded; set another"):
+        Components(model, 0).contributions(writes, torch.eye(32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -81,14 +82,14 @@ def test_answers_that_are_equal_share_a_number_and_traces_without_one_have_none(
     assert number_answers(labels) == [1, RIGHT, 1, NO_ANSWER, RIGHT, 2, NO_ANSWER]
 
 
-def selection(probe_of, n_problems=60):
+def selection(probe_of, n_problems=60, imported=()):
     """Problems of four samples, right half of the time, wrong ones all alike, with a noisy log-probability."""
     rng = np.random.default_rng(0)
     records = {}
     for problem in range(n_problems):
         right = rng.random(4) < 0.5
         logprobs = np.where(right, 0.0, -1.0) + rng.standard_normal(4)
-        samples = [Sample(RIGHT if r else 1, probe_of(r, v), float(v), 3) for r, v in zip(right, logprobs)]
+        samples = [Sample(RIGHT if r else 1, probe_of(r, v), None if problem in imported else float(v), 3) for r, v in zip(right, logprobs)]
         facts = {"stratum": None, "samples": 4, "right": int(right.sum()), "answered": 4}
         records[f"p{problem}"] = {**facts, "curves": curves(samples, [1, 2, 3, 4], 100, 0), "picks": picks(samples)}
     stub = SimpleNamespace(problems=list(records), sizes=[1, 2, 3, 4], n=4, seed=0, subsets=100, left_out={})
@@ -110,6 +111,19 @@ def test_a_probe_that_knows_is_better_and_one_that_is_wrong_is_worse():
     assert "worse than" in wrong.verdict(planted=True) and "planted" in wrong.verdict(planted=True)
 
 
+def test_a_few_problems_carry_no_verdict_however_clear_they_are():
+    one = selection(lambda right, _: 9.0 if right else -9.0, n_problems=1)
+    assert "better" not in one.verdict(planted=False).replace("too few problems to say which is better", "")
+    assert "too few problems to say" in one.verdict(planted=False)
+
+
+@pytest.mark.parametrize("imported", [[0], [1]])
+def test_log_probabilities_that_only_some_problems_have_are_no_rival(imported):
+    some = selection(lambda right, _: 9.0 if right else -9.0, imported=imported)
+    assert "logprob" not in some.rivals and {test["against"] for test in some.exact_tests()} == {"majority_vote", "length"}
+    assert "A comparison with logprob: these traces carry no log-probabilities." in some.not_supported(planted=False)
+
+
 @pytest.fixture(scope="module")
 def probes(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("selection") / "train_probes"
@@ -124,6 +138,18 @@ def test_a_truncated_trace_is_wrong_without_a_vote_and_random_choice_may_take_it
     assert (record["samples"], record["answered"], record["right"]) == (4, 3, right)
     assert record["curves"]["random_choice"] == [right / 4] * 4
     assert record["curves"]["probe"][0] == pytest.approx(right / 4)
+
+
+def test_the_scores_are_of_the_cell_that_was_chosen_without_the_problem(world, probes):
+    """Chosen scores that rank a problem's samples the other way round turn best-of-N round; the headline's own logits play no part."""
+    folders = {"traces": world.traces, "labels": world.labelled, "n": None, "subsets": 100, "seed": 0}
+    turned = replace(probes, nested_logit={key: -value for key, value in probes.nested_logit.items()})
+    unused = replace(probes, logit={key: -value for key, value in probes.logit.items()})
+    plain, other, same = (
+        next(Candidates(**folders, held_out=given).measure([f"p{i}" for i in range(60)], Never())) for given in (probes, turned, unused)
+    )
+    mean = [np.mean([record["curves"]["probe"][-1] for record in records.values()]) for records in (plain, other)]
+    assert plain == same and mean[0] > mean[1] + 0.1
 
 
 def test_too_few_samples_and_labels_that_differ_are_refused_in_one_line(world, probes, tmp_path):

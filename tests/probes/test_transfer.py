@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +17,11 @@ from tests.probes.helpers import make_world
 from tribunal.activations.store import ActivationSet
 from tribunal.core import reports
 from tribunal.core.errors import DataError
+from tribunal.core.stats import Estimate
 from tribunal.probes.direction import Place
 from tribunal.probes.training import ProbeTraining
 from tribunal.probes.transfer import Transfer, auroc_by_fold, read_part, same_problems
-from tribunal.probes.transfer_report import publish
+from tribunal.probes.transfer_report import Scored, publish
 
 PLACE = Place(layer=1, pooling="mean", kind="logistic")
 
@@ -90,6 +92,42 @@ def test_the_verdict_says_what_transfers_and_what_does_not(run):
     assert any(line.startswith("Transfer to another dataset or model: no other") for line in report.not_supported)
 
 
+class Averages(Scored):
+    """A matrix of which the averages are given as (value, low, high)."""
+
+    def __init__(self, within, transferred):
+        self.matrix, self.names = SimpleNamespace(axis="layer"), ["layer 1", "layer 2"]
+        self.given = {"within": within, "transferred": transferred}
+
+    transferred = property(lambda self: self.made("transferred"))
+    within = property(lambda self: self.made("within"))
+    best_carried = property(lambda self: ("length", Estimate(0.5, np.full(100, 0.5))))
+    crossed = property(lambda self: [(0, 1), (1, 0)])
+
+    def made(self, name):
+        value, low, high = self.given[name]
+        return Estimate(value, np.linspace(low, high, 100))
+
+    def auroc(self, i, j):
+        return self.made("transferred")
+
+
+@pytest.mark.parametrize(
+    ("within", "transferred", "said"),
+    [
+        ((0.9, 0.88, 0.92), (0.5, 0.45, 0.55), "does not transfer: not told from chance"),
+        ((0.7, 0.6, 0.8), (0.62, 0.45, 0.75), "is not shown to transfer: not told from chance"),  # wide enough to hold it
+        ((0.51, 0.45, 0.57), (0.5, 0.44, 0.56), "has nothing to transfer"),
+        ((0.9, 0.88, 0.92), (0.3, 0.25, 0.35), "its scores point the other way"),
+        ((0.9, 0.88, 0.92), (0.6, 0.55, 0.65), "hardly transfers"),
+        ((0.9, 0.88, 0.92), (0.85, 0.82, 0.88), "transfers at a loss of"),
+        ((0.9, 0.88, 0.92), (0.9, 0.85, 0.95), "transfers without a measurable loss"),
+    ],
+)
+def test_no_transfer_is_said_only_where_the_interval_says_so(within, transferred, said):
+    assert said in Averages(within, transferred).sentence()
+
+
 def test_every_row_has_its_controls_on_the_same_traces(run):
     *_, report = run
     entries = [row for row in report.rows if row.name.startswith("difficulty") and row.metric == "auroc"]
@@ -114,6 +152,20 @@ def test_a_copy_of_the_experiment_gives_the_diagonal_so_shared_problems_are_neve
     np.testing.assert_allclose(arrays["probe.1"], arrays["probe.0"], rtol=0, atol=1e-12)
     rows = [transfer.rows(matrix, kind)[0] for kind in matrix.kinds]
     np.testing.assert_array_equal(rows[0].folds, rows[1].folds)
+
+
+def test_a_problem_of_two_experiments_lies_in_one_fold_though_each_had_folds_of_its_own(world, tmp_path):
+    other = opened(make_world(tmp_path / "other", seed=1))
+    transfer = Transfer("made", opened(world), {"other": other}, PLACE, permutations=0)
+    matrix = transfer.matrices[-1]
+    fold_of = {}
+    for kind in matrix.kinds:
+        rows, _ = transfer.rows(matrix, kind)
+        problems = [transfer.training(kind).table.problems[trace] for trace in rows.trace]
+        for problem, fold in zip(problems, rows.folds.tolist()):
+            assert fold_of.setdefault(problem, fold) == fold
+    own, theirs = (dict(zip(training.table.problems, training.folds.tolist())) for training in (transfer.own, other))
+    assert own != theirs, "or nothing was tested"
 
 
 def test_problems_are_the_same_by_id_or_by_question():

@@ -23,6 +23,9 @@ from tribunal.models.residual import blocks, read_residual
 ATTENTION = ("self_attn", "attn")
 OUT_PROJECTION = ("o_proj", "c_proj")
 MLP = ("mlp",)
+ABLATABLE = ("head", "mlp")
+MOST_REST = 0.05
+"""Largest rest between the stream and the sum of its parts, as a share of the parts' sizes; bfloat16's rounding leaves below 0.001."""
 
 
 class Component(NamedTuple):
@@ -56,6 +59,13 @@ class Means(NamedTuple):
     mlps_ND: Tensor
 
 
+def writers(layer: int, heads: int, has_biases: bool) -> list[Component]:
+    """All components up to a block, in the order of their contributions."""
+    by_block = [[*(Component("head", n, h) for h in range(heads)), Component("mlp", n)] for n in range(layer + 1)]
+    ends = [Component("bias")] if has_biases else []
+    return [Component("embedding"), *(component for block in by_block for component in block), *ends]
+
+
 class Components:
     """The components that write into the residual stream up to one block.
 
@@ -77,9 +87,8 @@ class Components:
         if first.shape[1] % self.heads:
             raise ModelError(f"{type(model).__name__}: {first.shape[1]} attention outputs do not divide into {self.heads} heads")
         self.has_biases = any(getattr(projection, "bias", None) is not None for projection in self._projections)
-        by_block = [[*(Component("head", n, h) for h in range(self.heads)), Component("mlp", n)] for n in range(layer + 1)]
-        self.ablatable = [component for block in by_block for component in block]
-        self.all = [Component("embedding"), *self.ablatable, *([Component("bias")] if self.has_biases else [])]
+        self.all = writers(layer, self.heads, self.has_biases)
+        self.ablatable = [component for component in self.all if component.kind in ABLATABLE]
 
     @torch.no_grad()
     def read(self, ids_BL: Tensor, weights_BL: Tensor) -> Writes:
@@ -112,7 +121,11 @@ class Components:
         )
 
     def contributions(self, writes: Writes, directions_KD: Tensor) -> Tensor:
-        """Each component's projection on each direction, [B, C, K] in the order of ``all``; they sum to the stream's, up to rounding."""
+        """Each component's projection on each direction, [B, C, K] in the order of ``all``; they sum to the stream's, up to rounding.
+
+        Raises:
+            ModelError: they do not, since the blocks scale or normalise what they add (Gemma, OLMo 2, Granite).
+        """
         directions_DK = directions_KD.float().T
         found = [(writes.embedding_BD @ directions_DK)[:, None]]
         for number, projection in enumerate(self._projections):
@@ -124,7 +137,15 @@ class Components:
             biases = [bias for p in self._projections if isinstance(bias := getattr(p, "bias", None), Tensor)]
             total_D = torch.stack([bias.detach().float().cpu() for bias in biases]).sum(0)
             found.append((total_D @ directions_DK).expand(len(writes.embedding_BD), 1, -1))
-        return torch.cat(found, 1)
+        parts_BCK = torch.cat(found, 1)
+        rest_BK = (parts_BCK.sum(1) - writes.residual_BD @ directions_DK).abs() / parts_BCK.abs().sum(1)
+        if not (rest := float(rest_BK.median())) <= MOST_REST:
+            raise ModelError(
+                f"{type(self.model).__name__}: what heads and MLPs write does not add up to the residual stream (a rest of {rest:.2g} of "
+                f"the parts' sizes, at most {MOST_REST} expected): its blocks change what they add; supported are blocks laid out like "
+                "Llama, Qwen2, Qwen3 and GPT-2"
+            )
+        return parts_BCK
 
     @contextmanager
     def ablate(self, chosen: Sequence[Component], means: Means) -> Iterator[None]:
@@ -193,8 +214,8 @@ def _projection(block: nn.Module) -> nn.Module:
 
 def _weight(projection: nn.Module) -> Tensor:
     """The output projection as [D, H d]."""
-    if isinstance(projection, Conv1D):
-        return projection.weight.T
-    if isinstance(projection, nn.Linear):
-        return projection.weight
+    if isinstance(projection, (Conv1D, nn.Linear)):
+        if projection.weight.is_meta:
+            raise ModelError("attribution reads the output projections, but some are offloaded; set another model.device_map")
+        return projection.weight.T if isinstance(projection, Conv1D) else projection.weight
     raise ModelError(f"attribution reads plain output projections, not {type(projection).__name__}; load the model without quantisation")

@@ -25,15 +25,16 @@ from safetensors.torch import load_file, save_file
 
 from tribunal.activations.extraction import DEFAULT_BATCH_TOKENS
 from tribunal.activations.poolings import spans
-from tribunal.core.errors import CorruptError, DataError, LabelError
+from tribunal.core.errors import ConfigError, CorruptError, DataError, LabelError
 from tribunal.core.records import Problem, Trace, TraceLabel
 from tribunal.core.storage import iter_jsonl, read_jsonl, sha256_file, write_file
 from tribunal.core.work import Checkpoints, Journal, Json, Stop
 from tribunal.models import draws
-from tribunal.models.components import Component, Components, Means
+from tribunal.models.components import ABLATABLE, Component, Components, Means, Writes, writers
 from tribunal.models.generation import Request, Sampler
 from tribunal.models.loading import LoadedModel
 from tribunal.probes.held_out import HeldOut
+from tribunal.probes.training import evenly_spaced
 from tribunal.traces.files import TraceFile
 from tribunal.traces.labels import verdict_of
 from tribunal.traces.sampling import Attempt, make_trace
@@ -83,12 +84,22 @@ class Inputs:
     Args:
         pairs: labelled traces that the probe was measured on, in a fixed order.
         problems: by id, for asking again.
+        rows_per_trace: of train_probes: a trace's signal is the mean over as many rows as the probe was measured on.
     Raises:
         LabelError: a half has no right or no wrong trace.
     """
 
-    def __init__(self, pairs: Sequence[Pair], problems: Mapping[str, Problem], held_out: HeldOut, settings: Settings, seed: int) -> None:
-        self.held_out, self.settings, self.seed = held_out, settings, seed
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        problems: Mapping[str, Problem],
+        held_out: HeldOut,
+        settings: Settings,
+        seed: int,
+        *,
+        rows_per_trace: int,
+    ) -> None:
+        self.held_out, self.settings, self.seed, self.rows_per_trace = held_out, settings, seed, rows_per_trace
         self.pairs = list(pairs)
         self.labels = np.array([held_out.labels[trace.problem_id, trace.sample] for trace, _ in self.pairs])
         self.ranking = np.array([draws.order_key(seed, f"half {trace.problem_id}")[0] % 2 == 0 for trace, _ in self.pairs], dtype=bool)
@@ -186,6 +197,12 @@ def gather(inputs: Inputs, records: Journal, folder: Path) -> Gathered:
     return Gathered(np.concatenate(rows), np.concatenate(own), np.concatenate(random), np.concatenate(signal), means)
 
 
+def components_of(inputs: Inputs, records: Journal) -> list[Component]:
+    """All writers in the order of the contributions, as the first reading found them; loads no model."""
+    first = next(records[item.keys[0]] for item in inputs.plan() if item.kind == "writes" and item.keys[0] in records)
+    return writers(inputs.held_out.place.layer, first["heads"], first["biases"])
+
+
 def gap(values_N: Floats, labels_N: NDArray[np.int64]) -> Floats:
     """Mean over right traces minus mean over wrong ones."""
     return values_N[labels_N == 1].mean(0) - values_N[labels_N == 0].mean(0)
@@ -195,7 +212,7 @@ def choose(components: Sequence[Component], inputs: Inputs, gathered: Gathered) 
     """The components of each condition: those with the largest part of the gap, and random sets of as many others."""
     ranks = inputs.ranking[gathered.rows_N]
     parts_C = gap(gathered.parts_NC[ranks], inputs.labels[gathered.rows_N][ranks])
-    order = sorted((i for i, c in enumerate(components) if c.kind in ("head", "mlp")), key=lambda i: (-abs(parts_C[i]), i))
+    order = sorted((i for i, c in enumerate(components) if c.kind in ABLATABLE), key=lambda i: (-abs(parts_C[i]), i))
     top, others = order[: inputs.settings.top], sorted(order[inputs.settings.top :])
     chosen = {NONE: [], TOP: [components[i] for i in top]}
     seen: set[tuple[int, ...]] = set()
@@ -227,6 +244,8 @@ class Attribution:
     Args:
         records: finished units, by key (the journal).
         sampling: temperature, top_p, top_k, max_new_tokens of the traces.
+    Raises:
+        ConfigError: fewer heads and MLPs are left than are to be ablated.
     """
 
     def __init__(
@@ -245,6 +264,11 @@ class Attribution:
         self.layer = inputs.held_out.direction_of(inputs.problem_ids[0]).layer
         self.pooling = inputs.held_out.direction_of(inputs.problem_ids[0]).pooling
         self.components = Components(loaded.model, self.layer)
+        if 2 * inputs.settings.top > (there := len(self.components.ablatable)):
+            raise ConfigError(
+                f"attribute_direction.top: {inputs.settings.top} of the {there} heads and MLPs up to layer {self.layer} leave no random "
+                f"set of as many others; set at most {there // 2}"
+            )
         self.max_new_tokens = sampling["max_new_tokens"]
         self.sampler = Sampler(
             loaded.model,
@@ -281,24 +305,27 @@ class Attribution:
     def _writes(self, item: Item) -> Json:
         pairs = self.inputs.pairs[self.inputs.shard(item.number)]
         directions = self.inputs.directions
-        contributions = torch.zeros(len(pairs), len(self.components.all), len(directions))
-        signal = torch.zeros(len(pairs))
+        found: list[Writes] = []
+        places: list[int] = []
         sums: list[torch.Tensor] = []
         tokens = 0
         for batch in self._batches(pairs):
             ids_BL, pooled_BL, real_BL = self._padded([pairs[i] for i in batch])
-            writes = self.components.read(ids_BL, pooled_BL)
-            folds = self.inputs.folds[self.inputs.shard(item.number)][batch]
-            contributions[batch] = self.components.contributions(writes, directions)
-            signal[batch] = (writes.residual_BD * directions[folds]).sum(-1)
+            found.append(self.components.read(ids_BL, pooled_BL))
+            places += batch
             everywhere = self.components.read(ids_BL, real_BL)
             mine = [everywhere.heads_BNI.sum(0), everywhere.mlps_BND.sum(0)]
             sums = [a + b for a, b in zip(sums, mine)] if sums else mine
             tokens += int(real_BL.sum())
+        writes = Writes(*(torch.cat(column)[np.argsort(places)] for column in zip(*found)))
+        folds = self.inputs.folds[self.inputs.shard(item.number)]
+        contributions = self.components.contributions(writes, directions)  # once: it reads every output projection
+        signal = (writes.residual_BD * directions[folds]).sum(-1)
         tensors = {"contributions": contributions, "signal": signal, "heads": sums[0], "mlps": sums[1]}
         path = self.parts / f"writes-{item.number:05d}.{self.epoch}.safetensors"  # the epoch: a late writer harms nobody
         write_file(path, lambda temporary: save_file(tensors, temporary))
-        return {"file": path.name, "sha256": sha256_file(path), "tokens": tokens}
+        facts = {"tokens": tokens, "heads": self.components.heads, "biases": self.components.has_biases}
+        return {"file": path.name, "sha256": sha256_file(path), **facts}
 
     def _signal(self, numbers: slice) -> Floats:
         """Logits under whatever is ablated now, by the direction that never saw the trace's problem."""
@@ -355,14 +382,14 @@ class Attribution:
             ids = [*trace.prompt_ids, *trace.completion_ids[: trace.readable]]
             ids_BL[row, : len(ids)] = torch.tensor(ids)
             real_BL[row, : len(ids)] = 1
-            found = spans(self.pooling, trace, label)
+            found = evenly_spaced(spans(self.pooling, trace, label), self.inputs.rows_per_trace)
             for span in found:
                 start, end = len(trace.prompt_ids) + span.start_token, len(trace.prompt_ids) + span.end_token
                 pooled_BL[row, start:end] += 1 / (len(found) * (end - start))
         return ids_BL, pooled_BL, real_BL
 
 
-def read_inputs(*, traces: Path, labels: Path, held_out: HeldOut, settings: Settings, seed: int) -> Inputs:
+def read_inputs(*, traces: Path, labels: Path, held_out: HeldOut, settings: Settings, seed: int, rows_per_trace: int) -> Inputs:
     """Choose traces that the probe was measured on, in the order of the seed, half right and half wrong; read those alone.
 
     Raises:
@@ -378,4 +405,4 @@ def read_inputs(*, traces: Path, labels: Path, held_out: HeldOut, settings: Sett
         raise DataError(f"{file.path}: no trace {min(missing)}, which train_probes was measured on; run train_probes again")
     keys = [key for key in (f"{problem}/{sample}" for problem, sample in order) if key in chosen]
     problems = {problem.id: problem for problem in read_jsonl(traces / "problems.jsonl", Problem)}
-    return Inputs([(found[key], labelled[key]) for key in keys], problems, held_out, settings, seed)
+    return Inputs([(found[key], labelled[key]) for key in keys], problems, held_out, settings, seed, rows_per_trace=rows_per_trace)

@@ -26,6 +26,8 @@ Ints = NDArray[np.int64]
 FIGURE = "attribution.png"
 TABLE = "contributions.jsonl"
 SHOWN = 15
+RARE = 0.05
+"""Share of the random sets that may do as much to the signal as the top components, where these are said to matter more."""
 PLANTED = "The built-in model was trained to notice its slips: the signal is planted, a positive control for the pipeline."
 
 
@@ -95,7 +97,10 @@ class Findings:
 
     @cached_property
     def logits(self) -> dict[str, tuple[Ints, Floats]]:
-        """Numbers of the measured traces and their logits under each condition, where every unit was read."""
+        """Numbers of the measured traces and their logits under each condition: traces that all conditions have.
+
+        A condition whose units were all given up has none, and takes none from the others.
+        """
         found = {NONE: (np.arange(len(self.rows_N)), self.logits_N)}
         place = {row: i for i, row in enumerate(self.rows_N)}
         for condition in self.conditions[1:]:
@@ -107,7 +112,9 @@ class Findings:
                     rows += [n for n, _ in kept]
                     values += [v for _, v in kept]
             found[condition] = np.array(rows, dtype=np.int64), np.array(values)
-        return found
+        shared = set(range(len(self.rows_N))).intersection(*(rows.tolist() for rows, _ in found.values() if len(rows)))
+        ours = {name: np.isin(rows, sorted(shared)) for name, (rows, _) in found.items()}
+        return {name: (rows[ours[name]], values[ours[name]]) for name, (rows, values) in found.items()}
 
     def signal(self, condition: str, metric: Any) -> Estimate:
         rows, values = self.logits[condition]
@@ -115,11 +122,15 @@ class Findings:
 
     @cached_property
     def answers(self) -> dict[str, tuple[Ints, Floats, Floats]]:
-        """Clusters of the attempts, 1 where the answer is right, and tokens, by condition."""
+        """Clusters of the attempts, 1 where the answer is right, and tokens, by condition: attempts that all conditions have.
+
+        A condition whose units were all given up has none, and takes none from the others.
+        """
         found = {}
+        done = {c: {a.key for a in self.inputs.attempts if f"answers/{c}/{a.key}" in self.records} for c in self.conditions}
+        shared = [a for a in self.inputs.attempts if all(a.key in keys for keys in done.values() if keys)]
         for condition in self.conditions:
-            keys = [(a.problem.id, f"answers/{condition}/{a.key}") for a in self.inputs.attempts]
-            kept = [(problem, self.records[key]) for problem, key in keys if key in self.records]
+            kept = [(a.problem.id, self.records[f"answers/{condition}/{a.key}"]) for a in shared if done[condition]]
             right = np.array([float(record["verdict"] == "correct") for _, record in kept])
             tokens = np.array([float(record["tokens"]) for _, record in kept])
             found[condition] = self.resamples.index([problem for problem, _ in kept]), right, tokens
@@ -139,11 +150,9 @@ class Findings:
             not_supported=[
                 "That a top component reads or computes correctness: direct attribution says where the signal is written, not why.",
                 "Parts of components that act through later ones: only what is written straight into the stream is counted.",
-                *(
-                    []
-                    if self._specific
-                    else ["That the ablated components serve the signal alone: the answers change with them, or too little is known."]
-                ),
+                "That the ablated components serve the signal alone: "
+                + ("the answers change with them." if self._hurts else "an effect on answers within the interval is not excluded."),
+                *([f"Every trace and answer: {self.lost} units ended the process and were set aside."] if self.lost else []),
                 *([PLANTED + " Nothing here speaks of reasoning models."] if planted else []),
             ],
             figures=[FIGURE],
@@ -154,6 +163,7 @@ class Findings:
                 "components": len(self.components),
                 "largest_rest_in_logits": self.rest,
                 "ablated": {condition: [component.name for component in chosen] for condition, chosen in self.chosen.items() if chosen},
+                "random_sets_that_lower_the_auroc_as_much": self._as_low,
                 "traces": {"ranking": int(self.inputs.ranking.sum()), "measured": len(self.rows_N)},
                 "mean_tokens_of_answers": {name: float(tokens.mean()) for name, (_, _, tokens) in self.answers.items() if len(tokens)},
             },
@@ -188,10 +198,12 @@ class Findings:
         )
 
     def _ablation(self, metric: str, estimates: Mapping[str, Estimate], n: int) -> ReportRow | None:
-        controls = [interval("no_steering", estimates[NONE])]
+        controls = [interval("no_steering", estimates[NONE])] if estimates[NONE].known else []
         random = [estimates[c].value for c in random_conditions(self.inputs.settings) if estimates[c].known]
         if random:
             controls.append(spread("random_choice", np.array(random)))
+        if not controls:
+            return None
         return self._row(f"top {len(self.chosen[TOP])} ablated, {metric}", metric, estimates[TOP], n, controls)
 
     def verdict(self, planted: bool) -> str:
@@ -201,34 +213,55 @@ class Findings:
             f"Right and wrong traces differ by {self.total.value:.2f} logits [{low:.2f}, {high:.2f}] along the direction, of which the "
             f"components ranked first on other problems write: {_listed(named)}"
         )
-        others = self._random_mean(lambda condition: self.signal(condition, auroc))
-        lost = self._compared("the signal's AUROC", self.signal(NONE, auroc), self.signal(TOP, auroc), others)
+        lost = self._compared("the signal's AUROC", self.signal(NONE, auroc), self.signal(TOP, auroc), self._random_auroc)
+        if self._as_low is not None:
+            lost += f", {self._as_low} of {len(random_conditions(self.inputs.settings))} random sets lower it as much"
         accuracy = self._compared("the accuracy of new answers", self.accuracy(NONE), self.accuracy(TOP), self._random_mean(self.accuracy))
         if self._broken:
             last = "Even random sets break the answers, so accuracy cannot tell what the top components are for"
-        elif self._specific:
-            last = "So the signal leans on them more than on others, and the answers do not"
-        elif self._differs(self.accuracy(TOP), self._random_mean(self.accuracy)):
+        elif self._falls and self._hurts:
             last = "So what they do for the signal cannot be told from what they do for the task"
+        elif self._falls:
+            last = "So the signal leans on them more than on others; that the answers do is not shown"
+        elif self._hurts:
+            last = "So the answers lean on them more than on others; that the signal does is not shown"
         else:
             last = "So they are not shown to matter more than random ones"
         return f"{first}. With them ablated, {lost}; {accuracy}. {last}." + (f" {PLANTED}" if planted else "")
 
     def _random_mean(self, of: Any) -> Estimate:
-        estimates = [of(condition) for condition in random_conditions(self.inputs.settings)]
+        estimates = [known for condition in random_conditions(self.inputs.settings) if (known := of(condition)).known]
+        if not estimates:
+            return Estimate(float("nan"), np.full(len(self.resamples.counts_RG), np.nan))
         return Estimate(float(np.mean([e.value for e in estimates])), np.mean([e.draws for e in estimates], axis=0))
 
-    @staticmethod
-    def _differs(ours: Estimate, theirs: Estimate) -> bool:
-        low, high = ours.minus(theirs).interval
-        return low > 0 or high < 0
+    @property
+    def _random_auroc(self) -> Estimate:
+        return self._random_mean(lambda condition: self.signal(condition, auroc))
+
+    @cached_property
+    def _as_low(self) -> int | None:
+        """How many random sets lower the signal's AUROC as much as the top ones; None where it isn't known."""
+        top, random = self.signal(TOP, auroc), [self.signal(c, auroc) for c in random_conditions(self.inputs.settings)]
+        known = [estimate.value for estimate in random if estimate.known]
+        return sum(value <= top.value for value in known) if top.known and known else None
 
     @property
-    def _specific(self) -> bool:
-        """The signal falls more than under random ablations, and the answers do not."""
-        random_auroc = self._random_mean(lambda condition: self.signal(condition, auroc))
-        falls = self.signal(TOP, auroc).minus(random_auroc).interval[1] < 0
-        return falls and not self._broken and not self._differs(self.accuracy(TOP), self._random_mean(self.accuracy))
+    def _falls(self) -> bool:
+        """The signal falls more than under random ablations on average, and more than under nearly every one of them."""
+        if self._as_low is None or self._as_low > RARE * len(random_conditions(self.inputs.settings)):
+            return False
+        return self.signal(TOP, auroc).minus(self._random_auroc).interval[1] < 0
+
+    @property
+    def _hurts(self) -> bool:
+        """The answers suffer more than under random ablations."""
+        return self.accuracy(TOP).minus(self._random_mean(self.accuracy)).interval[1] < 0
+
+    @property
+    def lost(self) -> int:
+        """Units that were given up."""
+        return sum(key not in self.records for item in self.inputs.plan() for key in item.keys)
 
     @property
     def _broken(self) -> bool:
@@ -237,6 +270,8 @@ class Findings:
 
     @staticmethod
     def _compared(what: str, none: Estimate, top: Estimate, random: Estimate) -> str:
+        if not (none.known and top.known and random.known):
+            return f"{what} is not known, its units were set aside"
         low, high = top.minus(random).interval
         return (
             f"{what} goes from {none.value:.3f} to {top.value:.3f} (random sets of as many: {random.value:.3f}; difference "

@@ -36,7 +36,8 @@ DESCRIPTIONS = {
     PROBE: "the answered sample with the highest held-out logit",
     WEIGHTED: "the answer with the largest sum of held-out P(correct) over the samples that give it",
 }
-MIN_PROBLEMS_IN_STRATUM = 10
+MIN_PROBLEMS = 10
+"""Problems that a verdict needs, and a stratum for rows of its own: a bootstrap over fewer says little."""
 
 
 class Selection:
@@ -81,7 +82,7 @@ class Selection:
     @cached_property
     def named_strata(self) -> list[str]:
         names, counts = np.unique(self.strata[self.strata != ""], return_counts=True)
-        return [str(name) for name, count in zip(names, counts) if count >= MIN_PROBLEMS_IN_STRATUM]
+        return [str(name) for name, count in zip(names, counts) if count >= MIN_PROBLEMS]
 
     def rows(self) -> list[ReportRow]:
         rows = [self.row(selector, self.n) for selector in OURS]
@@ -91,7 +92,8 @@ class Selection:
 
     def exact_tests(self) -> list[Json]:
         """McNemar's exact test for both ways of using the probe against every rival, each problem decided on its first N samples."""
-        picks = {name: np.array([record["picks"][name] for record in self.records]) for name in self.records[0]["picks"]}
+        chosen = [name for name in self.selectors if name in self.records[0]["picks"]]
+        picks = {name: np.array([record["picks"][name] for record in self.records]) for name in chosen}
         found = []
         for ours in OURS:
             for rival in self.rivals:
@@ -123,6 +125,8 @@ class Selection:
             span += f"; McNemar {test['only_ours_right']} : {test['only_theirs_right']} problems, p = {test['p']:.2g}"
         rival = f"{name} ({100 * (row.value - row.gain.value):.1f} %"
         value = f"{100 * row.value:.1f} % [{100 * row.low:.1f}, {100 * row.high:.1f}]"
+        if len(self.problems) < MIN_PROBLEMS:
+            return f"{subject} is right on {value}, against {rival}; {span}): too few problems to say which is better"
         if low > 0:
             word = "better than the best control,"
         elif high < 0:
@@ -147,7 +151,7 @@ class Selection:
         if "logprob" not in self.selectors:
             lines.append("A comparison with logprob: these traces carry no log-probabilities.")
         if not self.named_strata:
-            lines.append(f"A difference between difficulties: no stratum has {MIN_PROBLEMS_IN_STRATUM} problems.")
+            lines.append(f"A difference between difficulties: no stratum has {MIN_PROBLEMS} problems.")
         lines += [f"Every problem: {reason} and were left out." for reason in self.candidates.left_out]
         lines += [f"Every problem: {self.lost} ended the process and were set aside."] if self.lost else []
         return lines

@@ -5,10 +5,10 @@ A unit's arrays go to one safetensors part, its small facts to the record return
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from tribunal.probes.linear import LOGIT_TOLERANCE, to_device
 from tribunal.probes.table import read_table, require_classes
 
 Json = dict[str, Any]
+Row = TypeVar("Row")
 OF_A_FIT = ("logits", "inner_auroc", "vector", "fold_vectors", "fold_biases")
 POOLING_TEXT = {
     "last": "last readable completion token",
@@ -161,7 +162,7 @@ class ProbeTraining:
             trace = number.get((row.problem_id, row.sample))
             if trace is not None:
                 by_trace.setdefault(trace, []).append((place, row.position))
-        kept = [(trace, *pair) for trace in sorted(by_trace) for pair in _spread(by_trace[trace], self.settings["rows_per_trace"])]
+        kept = [(trace, *pair) for trace in sorted(by_trace) for pair in evenly_spaced(by_trace[trace], self.settings["rows_per_trace"])]
         table = np.array(kept, dtype=np.int64).reshape(-1, 3)
         return table[:, 0], table[:, 1], table[:, 2]
 
@@ -184,10 +185,10 @@ def _both_in_every_fold(labels: Ints, folds: Ints, n_folds: int) -> bool:
     return all(len(np.unique(labels[folds == fold])) == 2 for fold in range(n_folds))
 
 
-def _spread(rows: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
-    """At most so many rows, evenly spaced, the last one among them."""
+def evenly_spaced(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most so many of a trace's rows, evenly spaced, the last one among them."""
     if len(rows) <= most:
-        return rows
+        return list(rows)
     return [rows[(i + 1) * len(rows) // most - 1] for i in range(most)]
 
 

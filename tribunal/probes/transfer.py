@@ -93,6 +93,7 @@ class Transfer:
             self._require_alike(other_name, other)
         self.left_out: dict[str, str] = {}
         self._control_fits: dict[Any, dict[str, CrossFit]] = {}
+        self._known_rows: dict[tuple[str | None, str], tuple[Rows, Ints]] = {}
         if not self.matrices:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.left_out.items())
             raise DataError(
@@ -151,7 +152,7 @@ class Transfer:
     def rows(self, matrix: Matrix, kind: Kind) -> tuple[Rows, Ints]:
         """What a kind's rows belong to, and their places in the stored tensor."""
         training = self.training(kind)
-        rows, places, _ = training.cell_rows(kind.pooling)
+        rows, places = self._cell_rows(kind.experiment, kind.pooling)
         if matrix.axis == "experiment":  # folds and problems over all experiments: a problem in two of them is one
             folds, problems = self._over_all[kind.experiment]
             rows = Rows.of(rows.trace, training.table.labels, folds, problems)
@@ -159,6 +160,14 @@ class Transfer:
             ours = np.array([training.table.strata[trace] == kind.stratum for trace in rows.trace])
             rows, places = _only(rows, ours), places[ours]
         return rows, places
+
+    def _cell_rows(self, experiment: str | None, pooling: str) -> tuple[Rows, Ints]:
+        """Of a pooling, found once: an entry of a matrix asks for it, and the index has a line for every sentence."""
+        key = experiment, pooling
+        if key not in self._known_rows:
+            rows, places, _ = (self.own if experiment is None else self.others[experiment]).cell_rows(pooling)
+            self._known_rows[key] = rows, places
+        return self._known_rows[key]
 
     def problems(self, matrix: Matrix) -> list[int]:
         """All problems of a matrix, as numbers: the clusters of its bootstrap."""
@@ -179,6 +188,11 @@ class Transfer:
         folds = make_folds(labels, [str(group) for group in groups], self.own.settings["folds"], self.own.seed)
         ends = np.cumsum([len(training.table) for training in everyone.values()])[:-1]
         return dict(zip(everyone, zip(np.split(folds, ends), np.split(groups, ends))))
+
+    @property
+    def planted(self) -> bool:
+        """Whether any of the models was trained to carry the signal."""
+        return any(training.activations.meta.model["name"].startswith("builtin:") for training in (self.own, *self.others.values()))
 
     @property
     def shared_problems(self) -> dict[str, int]:

@@ -93,7 +93,7 @@ class Scored:
             found[GROUND] = self.estimate(metric, GROUND, i, j)
         null = arrays.get(f"{'null_pairs' if metric == WITHIN_PROBLEM_PAIRS else 'null_auroc'}.{j}")
         if null is not None:
-            found["permuted_labels"] = Estimate(float(np.mean(null)), null)
+            found["permuted_labels"] = Estimate(float(np.mean(null[np.isfinite(null)])) if np.isfinite(null).any() else float("nan"), null)
         return found
 
     def row(self, metric: str, i: int, j: int) -> ReportRow | None:
@@ -150,8 +150,11 @@ class Scored:
         value = f"AUROC {ours.value:.3f} [{low:.3f}, {high:.3f}] on what it was not trained on, {within.value:.3f} within"
         if high < 0.5:
             return f"{head} does not transfer: its scores point the other way ({value})"
+        if low <= 0.5 and within.interval[0] <= 0.5:
+            return f"{head} has nothing to transfer: not told from chance even within ({value})"
         if low <= 0.5:
-            return f"{head} does not transfer: not told from chance ({value})"
+            shown = "does not transfer" if high < (0.5 + within.value) / 2 else "is not shown to transfer"
+            return f"{head} {shown}: not told from chance ({value})"
         lost, gain = within.minus(ours), ours.minus(theirs)
         if lost.interval[0] > 0 and high < (0.5 + within.value) / 2:
             how = f"hardly transfers, losing {_points(lost, sign='')}"
