@@ -18,7 +18,7 @@ from tribunal.cluster.job import Job, Shard
 from tribunal.core.config import NO_EFFECT_ON_RESULTS, Experiment, Section, SlurmJob
 from tribunal.core.errors import ConfigError
 from tribunal.core.work import Json, OverItems, Work, one_record
-from tribunal.oracle.settings import OracleSettings
+from tribunal.oracle.settings import OracleSettings, adapter_digest
 from tribunal.oracle.storage import file_key, written
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Config(Section):
 
     items_per_task: int = Field(400, ge=2, description="held-out items of each task, evenly spaced")
     steps: list[int] | Literal["all"] = Field("all", description="kept checkpoints that are asked too, besides the best one")
+    published: list[str] = Field([], description="adapters of others (PEFT folders or hub names) that are asked the same questions")
     chunk: int = Field(200, ge=1, description="questions answered together, the unit that a stop can cost (it can change low bits)")
     bootstrap: int = Field(1000, ge=100, description="resamples of problems behind every interval")
     traces_per_file: int = Field(
@@ -47,6 +48,12 @@ class EvaluateOracle(Job[Config]):
         super().__init__(experiment, shard)
         reads = experiment.section("train_oracle", OracleSettings).reads
         self.needs = ("generate_traces", "label_traces", *reads, "train_oracle")  # type: ignore[misc, assignment]
+
+    def fingerprint(self) -> Json:
+        values = super().fingerprint()
+        if self.config.published:
+            values["published"] = [adapter_digest(source) for source in self.config.published]
+        return values
 
     @cached_property
     def evaluation(self) -> OracleEvaluation:
@@ -84,6 +91,7 @@ class EvaluateOracle(Job[Config]):
             corpus,
             ActivationSource(loaded, corpus.traces, store),
             steps=steps,
+            published=list(dict.fromkeys(self.config.published)),
             items_per_task=self.config.items_per_task,
             chunk=self.config.chunk,
             traces_per_file=self.config.traces_per_file,

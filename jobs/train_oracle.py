@@ -16,7 +16,7 @@ from tribunal.cluster.job import Job, Shard, root
 from tribunal.core.config import Experiment, SlurmJob
 from tribunal.core.storage import Journal, sha256_json
 from tribunal.core.work import Json, Work
-from tribunal.oracle.settings import TEXT_ONLY, OracleSettings, available
+from tribunal.oracle.settings import TEXT_ONLY, OracleSettings, adapter_digest, available
 from tribunal.oracle.storage import file_key, written
 
 if TYPE_CHECKING:
@@ -46,6 +46,12 @@ class TrainOracle(Job[Config]):
         where = f"{self.experiment.path}: {self.name}"
         require(self.config.tasks, available(self.experiment, self.config.examples), where)
         refuse(self.config, describe_model(self.experiment.model).n_layers, where)
+
+    def fingerprint(self) -> Json:
+        values = super().fingerprint()
+        if self.config.start_from is not None:
+            values["start_from"] = adapter_digest(self.config.start_from)
+        return values
 
     @cached_property
     def training(self) -> OracleTraining:

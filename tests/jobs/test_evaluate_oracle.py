@@ -70,6 +70,21 @@ def test_stopped_after_any_unit_and_resumed_it_publishes_the_same_answers(traine
     assert_resume_is_exact(lambda folder: trained(folder, *few), tmp_path, monkeypatch, points=2)
 
 
+def test_a_published_adapter_answers_the_same_questions_and_another_content_is_another_configuration(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIBUNAL_ROOT", str(tmp_path))
+    job = trained(tmp_path)
+    published = shutil.copytree(job.results.parent / "train_oracle" / "adapter", tmp_path / "published")
+    asked = f"evaluate_oracle.published=[{published}]"
+    before = trained(tmp_path, asked).fingerprint()
+    undisturbed(lambda: trained(tmp_path, asked, "evaluate_oracle.steps=[]"))
+    rows = {row.name: row for row in read_report(job.results / "report.json").rows}
+    ours, theirs = rows["carry, exact match"], rows[f"carry, exact match, adapter {published}"]
+    assert (theirs.value, theirs.low, theirs.high) == (ours.value, ours.low, ours.high), "a copy of the oracle is the oracle"
+    assert {control.name for control in theirs.controls} == {"majority", "text_only", "linear_probe"}
+    (published / "adapter_config.json").write_text((published / "adapter_config.json").read_text() + " ")
+    assert trained(tmp_path, asked).fingerprint() != before
+
+
 def test_a_checkpoint_that_was_not_kept_is_refused(trained, tmp_path, monkeypatch):
     monkeypatch.setenv("TRIBUNAL_ROOT", str(tmp_path))
     with pytest.raises(ConfigError, match=r"evaluate_oracle\.steps: no checkpoint of step 7 was kept; there are 50, 100, 150"):

@@ -25,7 +25,7 @@ ONES = [ProbeAnswer("1", None)] * len(ITEMS)
 def scores(oracle, **said) -> TaskScores:
     everything = {"oracle": oracle, "majority": ONES, "text_only": COIN, "shuffled": COIN, "zeroed": ONES, "linear_probe": RIGHT, **said}
     resamples = Resamples(sorted({item.problem_id for item in ITEMS}), 200, 0)
-    return TaskScores(TaskAnswers("carry", ITEMS, everything, {50: COIN}, ("0", "1")), resamples)
+    return TaskScores(TaskAnswers("carry", ITEMS, everything, {50: COIN}, {}, ("0", "1")), resamples)
 
 
 def report(*tasks: TaskScores, planted: bool = False):

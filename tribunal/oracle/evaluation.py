@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tribunal.core.storage import sha256_file
+from tribunal.core.storage import sha256_file, sha256_json
 from tribunal.core.work import Json
-from tribunal.models.adapters import load_adapter
+from tribunal.models.adapters import find_adapter, load_adapter
 from tribunal.models.loading import LoadedModel
 from tribunal.models.oracle_batches import Injection
 from tribunal.oracle.activations import ActivationSource
@@ -48,10 +48,14 @@ class Unit(NamedTuple):
     condition: str  # or "linear_probe", which answers all items at once
     chunk: int = 0  # of items
     step: int | None = None  # of a kept checkpoint; None: the best one
+    adapter: str | None = None  # a published one that is asked instead
 
     @property
     def key(self) -> str:
-        return f"{'best' if self.step is None else f'step-{self.step:06d}'}/{self.condition}/{self.task}/{self.chunk:05d}"
+        who = "best" if self.step is None else f"step-{self.step:06d}"
+        if self.adapter is not None:
+            who = f"adapter-{sha256_json(self.adapter)[:16]}"
+        return f"{who}/{self.condition}/{self.task}/{self.chunk:05d}"
 
 
 class OracleEvaluation:
@@ -60,6 +64,7 @@ class OracleEvaluation:
     Args:
         folder: results of train_oracle.
         steps: kept checkpoints that are asked too, besides the best.
+        published: adapters of others (PEFT folders or hub names) that are put the same questions in the same way.
         items_per_task: held-out items of each task, at most.
         chunk: items answered together; decides batch shapes.
     """
@@ -73,18 +78,19 @@ class OracleEvaluation:
         source: ActivationSource,
         *,
         steps: Sequence[int],
+        published: Sequence[str],
         items_per_task: int,
         chunk: int,
         traces_per_file: int,
         seed: int,
     ) -> None:
         self.loaded, self.facts, self.folder, self.corpus, self.source = loaded, facts, folder, corpus, source
-        self.steps, self.chunk, self.traces_per_file, self.seed = list(steps), chunk, traces_per_file, seed
+        self.steps, self.published, self.chunk, self.traces_per_file, self.seed = list(steps), list(published), chunk, traces_per_file, seed
         self.prompts = OraclePrompts(loaded, facts.placeholder)
         self.answerer = Answerer(loaded, self.prompts, Injection(**facts.injection), slots=facts.slots, max_new_tokens=facts.max_new_tokens)
         test = corpus.of_split("test")
         self.items = {task: spread([e for e in test if e.task == task], items_per_task) for task in facts.tasks}
-        self._on_model: tuple[str, int | None] | None = None
+        self._on_model: tuple[str, int | None, str | None] | None = None
 
     @cached_property
     def conditions(self) -> tuple[str, ...]:
@@ -110,16 +116,17 @@ class OracleEvaluation:
 
     def plan(self) -> list[Unit]:
         """Every unit in order: probes first, then adapter by adapter."""
-        asked: list[tuple[str, int | None]] = [(condition, None) for condition in self.conditions]
-        asked += [("oracle", step) for step in self.other_steps]
+        asked: list[tuple[str, int | None, str | None]] = [(condition, None, None) for condition in self.conditions]
+        asked += [("oracle", step, None) for step in self.other_steps]
+        asked += [("oracle", None, adapter) for adapter in self.published]
         return [unit for task in self.probed for unit in self.units(task, "linear_probe")] + [
-            unit for condition, step in asked for task in self.items for unit in self.units(task, condition, step)
+            unit for who in asked for task in self.items for unit in self.units(task, *who)
         ]
 
-    def units(self, task: str, condition: str, step: int | None = None) -> list[Unit]:
+    def units(self, task: str, condition: str, step: int | None = None, adapter: str | None = None) -> list[Unit]:
         """The units that hold a task's answers under one condition, in the items' order."""
         chunks = 1 if condition == "linear_probe" else -(-len(self.items[task]) // self.chunk)
-        return [Unit(task, condition, chunk, step) for chunk in range(chunks)]
+        return [Unit(task, condition, chunk, step, adapter) for chunk in range(chunks)]
 
     @property
     def other_steps(self) -> list[int]:
@@ -138,7 +145,7 @@ class OracleEvaluation:
             answers = answer_by_probe(train, validation, self.items[unit.task], vectors, odds=self.pair(unit.task))
             return {"answers": [_record(answer) for answer in answers]}
         items = self.items[unit.task][unit.chunk * self.chunk : (unit.chunk + 1) * self.chunk]
-        self._put_on(unit.condition, unit.step)
+        self._put_on(unit)
         asked = [self._asked(item, unit.condition, vectors) for item in items]
         texts, pair = self.answerer.answers(asked), self.pair(unit.task)
         odds = self.answerer.log_odds(asked, pair) if pair else [None] * len(asked)
@@ -171,17 +178,23 @@ class OracleEvaluation:
         own = vectors.of(item)
         return Asked(item, torch.zeros_like(own) if condition == "zeroed" else own)
 
-    def _put_on(self, condition: str, step: int | None) -> None:
+    def _put_on(self, unit: Unit) -> None:
         """Put the adapter that answers onto the model, unless it is there."""
-        wanted = (TEXT_ONLY if condition == TEXT_ONLY else ADAPTER), step
-        if self._on_model != wanted:
-            folder = self.folder / wanted[0] if step is None else self.facts.adapter(self.folder, step)
-            load_adapter(self.loaded, folder).eval()
-            self._on_model = wanted
+        wanted = (TEXT_ONLY if unit.condition == TEXT_ONLY else ADAPTER), unit.step, unit.adapter
+        if self._on_model == wanted:
+            return
+        if unit.adapter is not None:
+            folder = find_adapter(unit.adapter)
+        else:
+            folder = self.folder / wanted[0] if unit.step is None else self.facts.adapter(self.folder, unit.step)
+        load_adapter(self.loaded, folder).eval()
+        self._on_model = wanted
 
-    def answers(self, records: Mapping[str, Json], task: str, condition: str, step: int | None = None) -> list[ProbeAnswer] | None:
+    def answers(
+        self, records: Mapping[str, Json], task: str, condition: str, step: int | None = None, adapter: str | None = None
+    ) -> list[ProbeAnswer] | None:
         """The answers to a task's items, in their order; None where a unit of them was set aside."""
-        units = self.units(task, condition, step)
+        units = self.units(task, condition, step, adapter)
         if any(unit.key not in records for unit in units):
             return None
         return [ProbeAnswer(*answer) for unit in units for answer in records[unit.key]["answers"]]

@@ -79,7 +79,9 @@ def collect(evaluation: OracleEvaluation, task: str, records: Mapping[str, Json]
         said[condition] = found
     said["majority"] = [ProbeAnswer(evaluation.majority(task), None)] * len(items)
     by_step = {step: found for step in evaluation.other_steps if (found := evaluation.answers(records, task, "oracle", step)) is not None}
-    return TaskAnswers(task, items, said, by_step, evaluation.pair(task))
+    asked = {adapter: evaluation.answers(records, task, "oracle", adapter=adapter) for adapter in evaluation.published}
+    published = {adapter: found for adapter, found in asked.items() if found is not None}
+    return TaskAnswers(task, items, said, by_step, published, evaluation.pair(task))
 
 
 def item_rows(answers: TaskAnswers) -> Iterator[Json]:
@@ -87,6 +89,7 @@ def item_rows(answers: TaskAnswers) -> Iterator[Json]:
     for number, item in enumerate(answers.items):
         said = {name: found[number] for name, found in answers.said.items()}
         said |= {f"step_{step}": found[number] for step, found in answers.by_step.items()}
+        said |= {f"adapter {adapter}": found[number] for adapter, found in answers.published.items()}
         yield {
             "key": item.key,
             "task": item.task,

@@ -12,7 +12,7 @@ from tribunal.core.config import NO_EFFECT_ON_RESULTS, Experiment, Section
 from tribunal.core.errors import CorruptError
 from tribunal.core.records import Record
 from tribunal.core.registry import nearest
-from tribunal.core.storage import read_json
+from tribunal.core.storage import read_json, sha256_file, sha256_json
 from tribunal.models.lora import LoraSettings
 from tribunal.oracle.audit import AuditSettings
 from tribunal.oracle.tasks.task import ExampleSettings, Need, known_tasks, task_class
@@ -136,3 +136,11 @@ def available(experiment: Experiment, settings: ExampleSettings) -> set[Need]:
         "answers": labels is not None and labels.track_answers,
     }
     return {need for need, given in there.items() if given}
+
+
+def adapter_digest(source: str) -> str:
+    """Names an adapter by what is in its folder; one on the hub by its name. Needs no torch."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        return source
+    return sha256_json({path.name: sha256_file(path) for path in sorted(folder.glob("adapter_*"))})

@@ -52,6 +52,7 @@ class TaskAnswers:
     Attributes:
         said: answers by condition or control; ``oracle`` is the best checkpoint's.
         by_step: answers of other kept checkpoints.
+        published: answers of adapters that others made, by folder or hub name.
         pair: the two answers of a task that has two, the positive one last.
     """
 
@@ -59,6 +60,7 @@ class TaskAnswers:
     items: Sequence[Example]
     said: Mapping[str, Sequence[ProbeAnswer]]
     by_step: Mapping[int, Sequence[ProbeAnswer]]
+    published: Mapping[str, Sequence[ProbeAnswer]]
     pair: tuple[str, str] | None
 
 
@@ -107,15 +109,17 @@ class TaskScores:
         return {name: self.estimate(metric, self.answers.said[name]) for name in names}
 
     def rows(self) -> list[ReportRow]:
-        """The best checkpoint's metrics, then the exact and fuzzy matches of the others."""
+        """The best checkpoint's metrics, then the exact and fuzzy matches of the others and of published adapters."""
         found = []
         for metric in self.metrics:
             found.append(self._row(f"{self.task}, {_word(metric)}", metric, self.answers.said["oracle"], self.controls(metric)))
         still = ("majority", "text_only", "linear_probe")  # those that do not depend on the checkpoint
-        for step, answers in self.answers.by_step.items():
+        others = {f"step {step}": answers for step, answers in self.answers.by_step.items()}
+        others |= {f"adapter {adapter}": answers for adapter, answers in self.answers.published.items()}
+        for name, answers in others.items():
             for metric in (SHORT, "fuzzy_match"):
                 controls = {name: value for name, value in self.controls(metric).items() if name in still}
-                found.append(self._row(f"{self.task}, {_word(metric)}, step {step}", metric, answers, controls))
+                found.append(self._row(f"{self.task}, {_word(metric)}, {name}", metric, answers, controls))
         return [row for row in found if row is not None]
 
     def _row(self, name: str, metric: str, answers: Sequence[ProbeAnswer], controls: Mapping[str, Estimate]) -> ReportRow | None:
