@@ -187,7 +187,9 @@ def doctor(
     experiment: Annotated[
         Path | None, typer.Argument(help="also check its model, dataset and partition", metavar="[EXPERIMENT.yaml]")
     ] = None,
-    submit: Annotated[bool, typer.Option("--submit", help="measure the cluster too, with two short CPU jobs (about 3 minutes)")] = False,
+    submit: Annotated[
+        bool, typer.Option("--submit", help="measure the cluster too, with two or three short jobs (about 3 minutes)")
+    ] = False,
 ) -> None:
     """Measure what jobs will meet here: disk, clients, requeue, the real lead of the signal; exit code 1 where something is wrong."""
 

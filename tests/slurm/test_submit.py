@@ -103,7 +103,7 @@ class Background:
             "-c",
             "from tribunal.cli import main; main()",
             "doctor",
-            site.experiment(model={"name": "builtin:addition"}),
+            site.experiment(model={"name": "builtin:addition"}, slurm={"jobs": {"count": {"gpus": 1}}}),
         ]
         environment = {**site.environment, "TRIBUNAL_HOME": str(site.folder)}
         self.doctor = subprocess.Popen(
@@ -281,8 +281,13 @@ def test_a_held_job_is_explained_with_the_command_that_releases_it(cluster: Clus
 
 def test_doctor_measures_the_site_and_writes_what_submit_uses(background: Background) -> None:
     said, _ = background.doctor.communicate(timeout=300)
-    assert background.doctor.returncode == 0, said
+    assert background.doctor.returncode == 1, said
+    faults = [line.split()[1:5] for line in said.splitlines() if line.startswith("FAULT")]
+    assert faults == [["torch", "on", "the", "GPU"]], "the cluster's GPUs are device files and torch cannot use them; all else is in order"
     for line in (
+        r"ok +checkpoints/ +.* with fsync, \d+ GB and [\d,]+ files free",
+        r"ok +GPU in a GPU job +on n\d, CUDA_VISIBLE_DEVICES=\d; nvidia-smi: ",
+        r"GPU in a CPU job +none, as it should be",
         r"ok +exclusive creation +1 of 2 tasks won, on n\d and n\d",
         r"ok +atomic rename +seen whole",
         r"ok +scontrol inside a job +answers",

@@ -1,8 +1,9 @@
 """A preflight that measures instead of guessing: this machine, the run directory, and with ``--submit`` the cluster itself.
 
 Two short CPU jobs: one checks files from two nodes, the clients inside a job and a requeue (about half a minute and the
-site's requeue delay); the other runs into a two-minute limit to see who hears the signal, and when. The result is a
-table and a site profile, ``.tribunal-site.json``, from which submit takes the lead and the route of resubmission.
+site's requeue delay); the other runs into a two-minute limit to see who hears the signal, and when. Where the experiment's
+jobs ask for GPUs, a third asks for one and has torch compute on it. The result is a table and a site profile,
+``.tribunal-site.json``, from which submit takes the lead and the route of resubmission.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 from tribunal.cluster import queue, site
 from tribunal.cluster.job import root
 from tribunal.cluster.prefetch import OFFLINE
+from tribunal.cluster.quota import quota, room
 from tribunal.cluster.resources import resolve
 from tribunal.cluster.slurm import SlurmError, call, clean_environment
 from tribunal.core.config import Experiment
@@ -31,6 +33,7 @@ PROBE = Path(__file__).with_name("doctor_probe.py")
 ASKED_LEAD_S = 45
 DEFAULT_LEAD_S = 300
 ROOM_GB = 5.0
+ROOM_FILES = 50_000
 TRIAL_MB = 64
 PENDING_S = 900.0
 """How long the jobs may wait in the queue before doctor gives up on them."""
@@ -51,7 +54,7 @@ def here() -> Iterator[Finding]:
     yield Finding("Python", version >= (3, 10), f"{version.major}.{version.minor}.{version.micro} in {sys.prefix}")
     yield from run_directory()
     cache = os.environ.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
-    yield Finding("hub cache", None, f"{cache} (HF_HOME); {_free(Path(cache))}")
+    yield Finding("hub cache", None, f"{cache} (HF_HOME); {room(_nearest(Path(cache)))}")
     missing = [name for name in ("sbatch", "squeue", "scontrol", "scancel", "sinfo") if shutil.which(name) is None]
     if missing:
         yield Finding(
@@ -98,9 +101,13 @@ def run_directory() -> Iterator[Finding]:
         finally:
             trial.unlink(missing_ok=True)
             trial.with_suffix(".moved").unlink(missing_ok=True)
-        free = shutil.disk_usage(folder).free / 1e9
-        said = f"{folder}: {TRIAL_MB / took:.0f} MB/s with fsync, {free:.0f} GB free"
-        yield Finding(f"{kind}/", free >= ROOM_GB, said + ("" if free >= ROOM_GB else f"; at least {ROOM_GB:.0f} GB are advised"))
+        free = room(folder)
+        enough = free.gb >= ROOM_GB and (free.files is None or free.files >= ROOM_FILES)
+        said = f"{folder}: {TRIAL_MB / took:.0f} MB/s with fsync, {free}"
+        yield Finding(f"{kind}/", enough, said + ("" if enough else f"; at least {ROOM_GB:.0f} GB and {ROOM_FILES:,} files are advised"))
+        if (mine := quota(folder)) is not None:
+            good = None if mine.full is None else not mine.full
+            yield Finding(f"{kind}/ quota", good, mine.said + ("; nearly used up" if mine.full else ""))
 
 
 def on_the_cluster(experiment: Experiment | None, say: Callable[[str], None]) -> tuple[list[Finding], dict[str, Any]]:
@@ -114,10 +121,14 @@ def on_the_cluster(experiment: Experiment | None, say: Callable[[str], None]) ->
         jobs.append(_submit(_script(out, "files", first, _files_body(out, experiment))))
         second = [*options, "--nodes=1", "--ntasks=1", "--time=2", f"--signal=USR1@{ASKED_LEAD_S}", "--no-requeue"]
         jobs.append(_submit(_script(out, "signal", second, _signal_body(out))))
-        say(f"queued two short CPU jobs: {', '.join(jobs)}")
+        gpu = _gpu_options(experiment)
+        if gpu is not None:
+            third = [*gpu, "--job-name=tribunal-doctor", "--nodes=1", "--ntasks=1", "--time=10", "--no-requeue"]
+            jobs.append(_submit(_script(out, "gpu", third, _gpu_body(out))))
+        say(f"queued two short CPU jobs{' and one for a GPU' if gpu is not None else ''}: {', '.join(jobs)}")
         _wait(jobs, say)
         findings = [*_file_findings(out, nodes), *_requeue_findings(out), *_offline_findings(out, experiment), *_signal_findings(out)]
-        return findings, _profile(out)
+        return [*findings, *_gpu_findings(out, experiment, asked=gpu is not None)], _profile(out)
     finally:
         queue.cancel(jobs)
         shutil.rmtree(out, ignore_errors=True)
@@ -159,6 +170,22 @@ def _options(experiment: Experiment | None) -> list[str]:
     ]
 
 
+def _gpu_options(experiment: Experiment | None) -> list[str] | None:
+    """What the experiment's first job with GPUs asks for, with one GPU; None where none of them asks for any."""
+    if experiment is None:
+        return None
+    from tribunal.cluster.launch import make_job
+    from tribunal.core import registry
+
+    for name in registry.names("jobs"):
+        asked = resolve(make_job(name, experiment))
+        if asked.gpus:
+            given = {"partition": asked.partition, "account": asked.account, "qos": asked.qos, "constraint": asked.constraint}
+            values = {**given, "gres": f"{asked.gres or 'gpu'}:1", "cpus-per-task": "1", "mem": "8G"}
+            return [f"--{option}={value}" for option, value in values.items() if value]
+    return None
+
+
 def _script(out: Path, name: str, options: list[str], body: str) -> Path:
     path = out / f"{name}.sbatch"
     header = "\n".join(f"#SBATCH {option}" for option in [*options, f"--output={out}/{name}.log"])
@@ -183,6 +210,10 @@ def _files_body(out: Path, experiment: Experiment | None) -> str:
 def _signal_body(out: Path) -> str:
     probe = f"{shlex.quote(sys.executable)} -u {shlex.quote(str(PROBE))} signal {shlex.quote(str(out))}"
     return f"{probe} batch &\nsrun {probe} step\nwait"
+
+
+def _gpu_body(out: Path) -> str:
+    return f"exec srun {shlex.quote(sys.executable)} -u {shlex.quote(str(PROBE))} gpu {shlex.quote(str(out))}"
 
 
 def _python_path() -> str:
@@ -277,6 +308,27 @@ def _signal_findings(out: Path) -> Iterator[Finding]:
     yield Finding("outlives its job", None, f"a process of the {' and the '.join(orphans)}" if orphans else "nothing seen")
 
 
+def _gpu_findings(out: Path, experiment: Experiment | None, *, asked: bool) -> Iterator[Finding]:
+    if not asked:
+        why = "none of the experiment's jobs asks for one" if experiment is not None else "name an experiment whose jobs use one"
+        yield Finding("GPU in a GPU job", None, f"not tried: {why}")
+        return
+    if not (notes := _notes(out, "gpu")):
+        yield Finding("GPU in a GPU job", False, f"the job did not come to run; log: {_tail(out / 'gpu.log')}")
+        return
+    seen = notes[0]
+    where = f"on {seen['node']}, CUDA_VISIBLE_DEVICES={seen['devices'] or 'not set'}"
+    yield Finding("GPU in a GPU job", bool(seen["devices"] or seen["listed"]), f"{where}; nvidia-smi: {seen['listed'] or seen['refused']}")
+    torch = seen["torch"]
+    if "device" in torch:
+        yield Finding("torch on the GPU", True, f"torch {torch['version']} computes on {torch['device']}, {torch['gb']:.0f} GB")
+    elif torch.get("cuda") is None and "version" in torch:
+        cure = "run setup_cluster.sh with TORCH_INDEX_URL=<index of the build for this site's CUDA>"
+        yield Finding("torch on the GPU", False, f"torch {torch['version']} is a CPU build: {cure}")
+    else:
+        yield Finding("torch on the GPU", False, torch["error"])
+
+
 def _lead(out: Path, who: str) -> float | None:
     times = {row["signal"]: row["time"] for row in reversed(_notes(out, f"signals-{who}"))}
     if "SIGUSR1" not in times:
@@ -300,10 +352,9 @@ def _profile(out: Path) -> dict[str, Any]:
     }
 
 
-def _free(folder: Path) -> str:
-    while not folder.exists():
-        folder = folder.parent
-    return f"{shutil.disk_usage(folder).free / 1e9:.0f} GB free"
+def _nearest(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def _text(path: Path) -> str:

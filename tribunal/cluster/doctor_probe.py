@@ -3,6 +3,7 @@
 python doctor_probe.py files OUT      two tasks, on two nodes where the site has them
 python doctor_probe.py start OUT      once per start of the batch script
 python doctor_probe.py signal OUT WHO until it is killed
+python doctor_probe.py gpu OUT        in a job that asked for a GPU
 """
 
 from __future__ import annotations
@@ -18,6 +19,19 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE_S = 60.0
+TORCH_S = 300.0
+TORCH = """
+import json, torch
+facts = {"version": torch.__version__, "cuda": torch.version.cuda}
+if torch.version.cuda:
+    try:
+        a = torch.randn(512, 512, device="cuda")
+        assert bool(torch.isfinite(a @ a).all())
+        facts.update(device=torch.cuda.get_device_name(), gb=torch.cuda.get_device_properties(0).total_memory / 1e9)
+    except Exception as error:
+        facts["error"] = f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: " + str(error).splitlines()[0]
+print(json.dumps(facts))
+"""
 ORPHAN_S = 8.0
 
 
@@ -100,6 +114,25 @@ def watch(out: Path, who: str) -> None:
         time.sleep(0.2)
 
 
+def gpu(out: Path) -> None:
+    """What a job that asked for a GPU sees of it."""
+    facts: dict[str, Any] = {"node": os.environ.get("SLURMD_NODENAME", "?"), "devices": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    facts["listed"] = facts["refused"] = None
+    if shutil.which("nvidia-smi") is None:
+        facts["refused"] = "not on this node's PATH"
+    else:
+        result = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+        lines = (result.stdout.strip() or result.stderr.strip() or "says nothing").splitlines()
+        facts["listed" if result.returncode == 0 else "refused"] = "; ".join(line.partition(" (UUID")[0] for line in lines)
+    try:
+        result = subprocess.run([sys.executable, "-c", TORCH], capture_output=True, text=True, timeout=TORCH_S, check=False)
+        said = (result.stderr.strip() or "nothing said").splitlines()[-1]
+        facts["torch"] = json.loads(result.stdout) if result.returncode == 0 else {"error": f"torch: {said}"}
+    except subprocess.TimeoutExpired:
+        facts["torch"] = {"error": f"torch did not load in {TORCH_S:.0f} s"}
+    note(out, "gpu", **facts)
+
+
 def _run(*command: str) -> str | None:
     """None where it worked, else what it said."""
     if shutil.which(command[0]) is None:
@@ -118,5 +151,7 @@ if __name__ == "__main__":
         files(place)
     elif stage == "start":
         start(place)
+    elif stage == "gpu":
+        gpu(place)
     else:
         watch(place, sys.argv[3])

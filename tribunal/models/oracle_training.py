@@ -129,6 +129,7 @@ class SharedFiles:
                 return False
             for number in todo[first + rank : first + rank + 1]:
                 self.journal.append({self.key(number): self.make(number)})
+                self.journal.sync()  # the other processes read it, perhaps on another node
         _all_ranks_here()
         self.journal.refresh()
         return True
