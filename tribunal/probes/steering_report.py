@@ -274,6 +274,8 @@ def _not_supported(effects: Effects, directions: ProbeDirections, n_layers: int 
         )
     if upstream:
         says.append(f"A direction of layer {', '.join(map(str, upstream))} itself: upstream, the one of layer {effects.layer} is added.")
+    if effects.left_out:
+        says.append(f"Anything under {len(effects.left_out)} conditions: completions under them ended the process and were set aside.")
     if directions.planted:
         says.append("Anything about reasoning models: the built-in model was trained to notice its slips, so the signal is planted.")
     return says
