@@ -135,7 +135,7 @@ def waits(made: ReportPage, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the job puts itself back into the queue."""
     asked = []
     monkeypatch.setattr(waiting.slurm, "ask", lambda *_, **__: None)
-    go_on = lambda *_, **__: asked.append(1) or SimpleNamespace(why="put back")  # noqa: E731
+    go_on = lambda *_, **__: asked.append(1) or SimpleNamespace(why="put back", next="requeued")  # noqa: E731
     monkeypatch.setattr(waiting, "Continuation", lambda *_, **__: SimpleNamespace(go_on=go_on))
     code = waiting.wait_for_inputs(made, Start("7", "7", 0, 0, 1), ["x"])
     assert (code == waiting.CONTINUE) == bool(asked) and code in (None, waiting.CONTINUE)
@@ -208,7 +208,7 @@ def by_hand(folder: Path, *words: str) -> tuple[list[list[str]], str]:
     (folder / "bin" / "sbatch").chmod(0o755)
     done = subprocess.run(
         [ROOT / "sbatch" / "pipeline.sh", *words],
-        env={"PATH": f"{folder / 'bin'}:/usr/bin:/bin"},
+        env={"PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:/usr/bin:/bin", "TRIBUNAL_ROOT": str(folder)},
         capture_output=True,
         text=True,
         check=False,
@@ -219,17 +219,19 @@ def by_hand(folder: Path, *words: str) -> tuple[list[list[str]], str]:
 
 @pytest.mark.parametrize("name", pipelines.PIPELINES)
 def test_the_script_that_submits_by_hand_knows_the_same_pipelines(tmp_path: Path, name: str):
-    calls, _ = by_hand(tmp_path, name, "x.yaml", "seed=1")
+    calls, _ = by_hand(tmp_path, name, "experiments/demo.yaml", "seed=1")
     jobs = pipelines.PIPELINES[name]
+    copied = calls[0][2]
+    assert load_experiment(copied).seed == 1
     for place, (job_name, call) in enumerate(zip(jobs, calls, strict=True)):
         wait = [f"--dependency=afterany:{place}"] if place else []
         more = [f"report.after=[{','.join(jobs[:place])}]"] if job_name == "report" else []
-        assert call == ["--parsable", *wait, f"sbatch/{job_name}.sbatch", "x.yaml", "seed=1", *more]
+        assert call == ["--parsable", *wait, f"sbatch/{job_name}.sbatch", copied, *more]
 
 
 def test_the_script_that_submits_by_hand_calibrates_by_default_and_refuses_what_it_does_not_know(tmp_path: Path):
     (tmp_path / "a").mkdir()
-    calls, _ = by_hand(tmp_path / "a", "x.yaml")
+    calls, _ = by_hand(tmp_path / "a", "experiments/demo.yaml")
     assert [call[-2] for call in calls] == [f"sbatch/{job_name}.sbatch" for job_name in pipelines.PIPELINES["calibrate"]]
     assert by_hand(tmp_path, "calibrat", "x.yaml") == (
         [],
