@@ -31,7 +31,7 @@ class TrainOracle(Job[Config]):
     name = "train_oracle"
     needs = ("generate_traces", "label_traces", "label_sentences", "extract_activations")
     uses = ("model", "seed")
-    resources = SlurmJob(time="1-00:00:00", nodes=1, gpus=1, cpus=8, mem_gb=64)
+    resources = SlurmJob(time="4:00:00", nodes=1, gpus=1, cpus=8, mem_gb=64)
 
     def __init__(self, experiment: Experiment, shard: Shard | None = None) -> None:
         super().__init__(experiment, shard)

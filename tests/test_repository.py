@@ -108,6 +108,17 @@ def test_a_job_is_one_file_of_one_shape(name: str):
     assert f'main("{name}")' in (ROOT / "jobs" / f"{name}.py").read_text()
 
 
+@pytest.mark.parametrize("name", registry.names("jobs"))
+def test_the_script_to_submit_a_job_by_hand_asks_for_what_the_job_says_it_needs(name: str):
+    module = registry.load("jobs", name, "job")
+    needs = next(kind.resources for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Job) and kind is not Job)
+    asked = dict(
+        re.findall(r"^#SBATCH --(time|cpus-per-task|mem|gpus-per-task)=(\S+)$", (ROOT / "sbatch" / f"{name}.sbatch").read_text(), re.M)
+    )
+    gpus = {"gpus-per-task": str(needs.gpus)} if needs.gpus else {}
+    assert asked == {"time": needs.time, "cpus-per-task": str(needs.cpus), "mem": f"{needs.mem_gb}G", **gpus}
+
+
 @pytest.mark.parametrize("name", registry.names("tribunal.datasets"))
 def test_a_dataset_is_one_file_with_one_class(name: str):
     module = registry.load("tribunal.datasets", name, "dataset")

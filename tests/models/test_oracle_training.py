@@ -17,14 +17,14 @@ from tests.models.test_training import Rows, StopAtStep
 from tests.tiny_models import tiny_folder
 from tribunal.cluster.checkpoint import CheckpointStore
 from tribunal.core.config import ModelConfig
-from tribunal.core.errors import ConfigError
-from tribunal.core.storage import sha256_file
+from tribunal.core.errors import ConfigError, DataError
+from tribunal.core.storage import Journal, sha256_file
 from tribunal.core.work import Never
 from tribunal.models.adapters import detach, new_adapter
 from tribunal.models.loading import LoadedModel, load_model
 from tribunal.models.lora import LoraSettings
 from tribunal.models.oracle_batches import Injection, Lesson, StepBatches, StepPlan, answer_loss, collate, injected
-from tribunal.models.oracle_training import KEPT, Validation, best_weights, kept_steps, make_trainer
+from tribunal.models.oracle_training import KEPT, SharedFiles, Validation, best_weights, kept_steps, make_trainer
 from tribunal.models.residual import residual_hooks
 from tribunal.models.training import TrainerWork
 
@@ -205,6 +205,21 @@ def test_small_passes_give_the_step_of_large_ones(tmp_path):
         done = outcome(tmp_path / str(budget), [], batch_tokens=budget, dropout=0.0)
         curves.append([row["loss"] for row in done[4].values()])
     assert curves[0] == pytest.approx(curves[1], rel=1e-3)
+
+
+def test_a_file_is_named_while_it_is_made_and_one_that_ended_the_process_twice_ends_the_job(tmp_path):
+    note = tmp_path / "attempts.json"
+
+    def files(folder: str, *set_aside: str) -> SharedFiles:
+        journal = Journal(tmp_path / folder, writer="0-of-1.1", attempts=note, set_aside=frozenset(set_aside))
+        return SharedFiles(2, make=lambda number: {"seen": json.loads(note.read_text())["keys"]}, key="file/{}".format, journal=journal)
+
+    work = files("whole")
+    assert work.run(Never()) and [work.journal[f"file/{n}"]["seen"] for n in (0, 1)] == [["file/0"], ["file/1"]]
+    spoilt = files("spoilt", "file/1")
+    with pytest.raises(DataError, match="file/1 ended the process twice"):
+        spoilt.run(Never())
+    assert "file/0" not in spoilt.journal
 
 
 def test_two_processes_train_the_adapter_that_one_does(tmp_path):

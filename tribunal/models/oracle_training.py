@@ -15,7 +15,7 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from tribunal.core.errors import ConfigError
+from tribunal.core.errors import ConfigError, DataError
 from tribunal.core.storage import link_or_copy, make_folder, read_json, write_atomic, write_json
 from tribunal.core.work import Json, Progress, Stop
 from tribunal.models.adapters import WEIGHTS, adapter_bytes
@@ -114,6 +114,8 @@ class SharedFiles:
         make: makes a file and returns its record.
         key: a file's key in the journal.
         journal: this process's; it reads those of the others.
+
+    ``run`` raises DataError where a file ended the process twice: whatever comes after needs them all.
     """
 
     def __init__(self, count: int, *, make: Callable[[int], Json], key: Callable[[int], str], journal: Any) -> None:
@@ -123,11 +125,14 @@ class SharedFiles:
         rank, world = rank_and_world()
         device = PartialState().device if world > 1 else torch.device("cpu")  # connects the processes: they stop together
         todo = [number for number in range(self.count) if self.key(number) not in self.journal]
+        if spoilt := [self.key(number) for number in todo if self.key(number) in self.journal.set_aside]:
+            raise DataError(f"{spoilt[0]} ended the process twice; lower batch_tokens or traces_per_file, then resume")
         _all_ranks_here()  # nobody writes before everybody has seen the same list
         for first in range(0, len(todo), world):
             if _any_rank([stop.is_set()], device)[0]:
                 return False
             for number in todo[first + rank : first + rank + 1]:
+                self.journal.attempting([self.key(number)])
                 self.journal.append({self.key(number): self.make(number)})
                 self.journal.sync()  # the other processes read it, perhaps on another node
         _all_ranks_here()
