@@ -14,7 +14,8 @@ import torch
 def clock(device: str = "cpu", *, wall: bool = False) -> float:
     """Seconds. On a CPU those of this process (all threads), so that a busy neighbour counts less; on a GPU of the wall, once idle.
 
-    ``wall`` takes the wall's on a CPU too: threads that wait for each other spin, which counts as work of the process.
+    ``wall`` takes the wall's on a CPU too, for work of several threads: seconds of the process miss what the other threads did within
+    a few milliseconds (a matrix product of the peak), and count what they spin while they wait for each other.
     """
     if device == "cpu":
         return time.perf_counter() if wall else time.process_time()
