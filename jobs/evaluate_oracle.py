@@ -114,7 +114,8 @@ class EvaluateOracle(Job[Config]):
             return evaluation.run(unit, opened["vectors"])
 
         one = one_record(ask, lambda unit: unit.key)
-        files = SharedFiles(len(evaluation.layout.files), make=make, key=file_key, journal=self.journal)
+        device = evaluation.loaded.device
+        files = SharedFiles(len(evaluation.layout.files), make=make, key=file_key, journal=self.journal, device=device)
         items = OverItems(evaluation.plan(), keys=lambda unit: [unit.key], process=one, journal=self.journal)
         return Phases([files, items], evaluation.loaded, "unit")
 

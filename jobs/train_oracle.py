@@ -31,6 +31,7 @@ class TrainOracle(Job[Config]):
     name = "train_oracle"
     needs = ("generate_traces", "label_traces", "label_sentences", "extract_activations")
     uses = ("model", "seed")
+    distributed = True
     resources = SlurmJob(time="4:00:00", nodes=1, gpus=1, cpus=8, mem_gb=64)
 
     def __init__(self, experiment: Experiment, shard: Shard | None = None) -> None:
@@ -86,7 +87,8 @@ class TrainOracle(Job[Config]):
         from tribunal.models.training import TrainerWork
         from tribunal.oracle.training import LaterSteps, Phases
 
-        training, rank = self.training, rank_and_world()[0]
+        training, (rank, world) = self.training, rank_and_world()
+        training.require_processes(world)
         journal = self.journal if rank == 0 else Journal(self.state / "journal", writer=f"rank-{rank}.{self.epoch}")
 
         def make(number: int) -> Json:
@@ -107,7 +109,7 @@ class TrainOracle(Job[Config]):
 
         steps, later = training.steps, training.text_only_steps
         phases: list[Work] = [
-            SharedFiles(len(training.layout.files), make=make, key=file_key, journal=journal),
+            SharedFiles(len(training.layout.files), make=make, key=file_key, journal=journal, device=training.loaded.device),
             TrainerWork(oracle, self.checkpoints("oracle"), self.state / "scratch", steps=steps, metrics=self.metrics),
         ]
         if later:
@@ -129,11 +131,6 @@ class TrainOracle(Job[Config]):
             rows=self.metrics.rows(),
             experiment=self.experiment.name,
         )
-
-    def _tracking(self) -> Json:
-        """One run for all generations, in a folder that outlives the job's state."""
-        folder = root() / "tracking" / self.experiment.name
-        return {"tracker": self.config.tracker, "run_id": sha256_json(self.owner)[:16], "tracking": folder} if self.config.tracker else {}
 
 
 if __name__ == "__main__":

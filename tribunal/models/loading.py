@@ -59,12 +59,17 @@ def identity(loaded: LoadedModel) -> dict[str, Any]:
 
 
 def load_model(config: ModelConfig) -> LoadedModel:
-    """Load a model once per process.
+    """Load a model once per process (until ``forget_models``).
 
     Raises:
         ModelError: there is no such model, adapter or template, or model and tokenizer do not belong together.
     """
     return _load(config.model_dump_json())
+
+
+def forget_models() -> None:
+    """Load models anew from here on: one that was loaded before is no longer as it was."""
+    _load.cache_clear()
 
 
 @functools.lru_cache(maxsize=2)

@@ -20,6 +20,8 @@ from tribunal.core.storage import link_or_copy, make_folder, read_json, write_at
 from tribunal.core.work import Json, Progress, Stop
 from tribunal.models.adapters import WEIGHTS, adapter_bytes
 from tribunal.models.oracle_batches import Injection, Lessons, StepBatches, StepPlan, answer_loss, injected
+from tribunal.models.residual import decoder
+from tribunal.models.sharding import let_go, train_by_ddp_alone
 from tribunal.models.training import _all_ranks_here, _any_rank, training_arguments
 
 KEPT = "oracle"
@@ -114,16 +116,20 @@ class SharedFiles:
         make: makes a file and returns its record.
         key: a file's key in the journal.
         journal: this process's; it reads those of the others.
+        device: where this process computes.
 
     ``run`` raises DataError where a file ended the process twice: whatever comes after needs them all.
     """
 
-    def __init__(self, count: int, *, make: Callable[[int], Json], key: Callable[[int], str], journal: Any) -> None:
-        self.count, self.make, self.key, self.journal = count, make, key, journal
+    def __init__(
+        self, count: int, *, make: Callable[[int], Json], key: Callable[[int], str], journal: Any, device: torch.device
+    ) -> None:
+        self.count, self.make, self.key, self.journal, self.device = count, make, key, journal, device
 
     def run(self, stop: Stop) -> bool:
         rank, world = rank_and_world()
-        device = PartialState().device if world > 1 else torch.device("cpu")  # connects the processes: they stop together
+        # connects the processes, so that they stop together
+        device = PartialState(cpu=self.device.type == "cpu").device if world > 1 else self.device
         todo = [number for number in range(self.count) if self.key(number) not in self.journal]
         if spoilt := [self.key(number) for number in todo if self.key(number) in self.journal.set_aside]:
             raise DataError(f"{spoilt[0]} ended the process twice; lower batch_tokens or traces_per_file, then resume")
@@ -200,6 +206,7 @@ class _Keep(TrainerCallback):
         training = self.peft.training
         self.peft.eval()
         self.keeper.after_step(state.global_step, self.peft, writes=bool(args.should_save))
+        let_go(self.peft)
         self.peft.train(training)
 
 
@@ -241,7 +248,7 @@ def make_trainer(
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ConfigError(
             "ACCELERATE_USE_FSDP is set: an oracle's adapter is validated and kept whole on each GPU, which sharded weights do not allow; "
-            "unset it (several GPUs then train by DDP), or set gradient_checkpointing for memory"
+            "unset it and set train_oracle.shard, which shards the base model and leaves the adapter whole"
         )
     args = training_arguments(
         output_dir,
@@ -255,6 +262,7 @@ def make_trainer(
         max_grad_norm=max_grad_norm,
         seed=seed,
         bf16=bf16,
+        ddp_find_unused_parameters=_some_may_not_run(peft),
         use_cpu=peft.device.type == "cpu",
         **_memory_saving(gradient_checkpointing),
         **_tracking(tracker, run_id, tracking),
@@ -271,6 +279,7 @@ def make_trainer(
     if args.should_save:
         shutil.rmtree(kept, ignore_errors=True)  # of a generation that was killed; what counts comes back with the checkpoint
     keeper = Keeper(kept, validate, validate_at, keep_at)
+    train_by_ddp_alone(peft)
     return InjectionTrainer(
         model=peft,
         args=args,
@@ -280,6 +289,12 @@ def make_trainer(
         injection=injection,
         keeper=keeper,
     )
+
+
+def _some_may_not_run(peft: Any) -> bool:
+    """Whether the adapter has weights outside the decoder (on a vision tower, say), which text leaves without gradient."""
+    decoders = {id(weight) for weight in decoder(peft).parameters()}
+    return any(weight.requires_grad and id(weight) not in decoders for weight in peft.parameters())
 
 
 def _memory_saving(wanted: bool) -> Json:

@@ -54,7 +54,16 @@ class OracleSettings(Section):
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     bf16: bool | None = Field(None, description="autocast to bfloat16; default: where the model's weights are bfloat16")
-    gradient_checkpointing: bool = Field(False, description="compute blocks again in the backward pass: less memory, a third slower")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="compute blocks again in the backward pass: less memory, a third slower",
+        json_schema_extra=NO_EFFECT_ON_RESULTS,
+    )
+    shard: bool = Field(
+        False,
+        description="several GPUs: each holds its share of the frozen model's weights (FSDP) instead of all of them; the adapter stays whole",
+        json_schema_extra=NO_EFFECT_ON_RESULTS,
+    )
     validate_every: int | None = Field(None, ge=1, description="optimizer steps between two validations; default: a tenth of them")
     validate_items: int = Field(64, ge=1, description="validation examples of each task that are answered each time")
     keep: int = Field(4, ge=1, description="adapters kept, evenly spaced, the last step's among them; the best comes on top")

@@ -28,9 +28,18 @@ from tribunal.models.adapters import (
     publish_adapter,
     require_base,
 )
-from tribunal.models.loading import LoadedModel, identity
+from tribunal.models.loading import LoadedModel, forget_models, identity
 from tribunal.models.oracle_batches import Injection, Lesson
-from tribunal.models.oracle_training import KEPT, VALIDATION, InjectionTrainer, Validation, best_weights, kept_steps, make_trainer
+from tribunal.models.oracle_training import (
+    KEPT,
+    VALIDATION,
+    InjectionTrainer,
+    Validation,
+    best_weights,
+    kept_steps,
+    make_trainer,
+)
+from tribunal.models.sharding import is_sharded, shard_frozen
 from tribunal.oracle import figures
 from tribunal.oracle.activations import ActivationSource
 from tribunal.oracle.answering import Answerer, Asked
@@ -125,6 +134,20 @@ class OracleTraining:
 
     # Training -----------------------------------------------------------------------------------------------------------
 
+    def require_processes(self, world: int) -> None:
+        """Refuse a number of processes that these settings do not suit, before anything is read.
+
+        Raises:
+            ConfigError: names the field and the cure.
+        """
+        if self.settings.batch_size % world:
+            raise ConfigError(
+                f"train_oracle.batch_size: {self.settings.batch_size} examples in a step cannot be shared equally by {world} processes; "
+                "set a multiple, or another number of GPUs"
+            )
+        if self.settings.shard and world == 1:
+            raise ConfigError("train_oracle.shard: weights are shared by the GPUs of a job, and this is one process; set slurm.gpus, or leave it out")
+
     @property
     def steps(self) -> int:
         """Optimizer steps of the oracle."""
@@ -173,6 +196,8 @@ class OracleTraining:
 
     def _trainer(self, output_dir: Path, callbacks: list[Any], **given: Any) -> InjectionTrainer:
         settings = self.settings
+        if settings.shard:
+            shard_frozen(self.loaded.model)
         if settings.start_from is None:
             peft = new_adapter(self.loaded, settings.lora, seed=self.seed)
         else:
@@ -240,6 +265,8 @@ class Phases:
             return all(phase.run(stop) for phase in self.phases)
         finally:
             detach(self.loaded.model)
+            if is_sharded(self.loaded.model):
+                forget_models()
 
     def progress(self) -> Progress:
         parts = [phase.progress() for phase in self.phases]
