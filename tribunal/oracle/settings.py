@@ -61,7 +61,7 @@ class OracleSettings(Section):
     )
     shard: bool = Field(
         False,
-        description="several GPUs: each holds its share of the frozen model's weights (FSDP) instead of all of them; the adapter stays whole",
+        description="several GPUs: each holds a share of the frozen weights (FSDP) instead of all; the adapter stays whole",
         json_schema_extra=NO_EFFECT_ON_RESULTS,
     )
     validate_every: int | None = Field(None, ge=1, description="optimizer steps between two validations; default: a tenth of them")

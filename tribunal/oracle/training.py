@@ -146,7 +146,7 @@ class OracleTraining:
                 "set a multiple, or another number of GPUs"
             )
         if self.settings.shard and world == 1:
-            raise ConfigError("train_oracle.shard: weights are shared by the GPUs of a job, and this is one process; set slurm.gpus, or leave it out")
+            raise ConfigError("train_oracle.shard: the GPUs of a job share the weights, and this is one process; set slurm.gpus, or leave it out")
 
     @property
     def steps(self) -> int:
