@@ -57,7 +57,7 @@ def test_what_the_activations_hold_is_read_and_a_coin_is_not_and_the_verdict_say
     ours = [item for item in items if item["task"] == "carry"]
     assert len(ours) == carry.n
     assert sum(item["answers"]["oracle"] == item["target"] for item in ours) / carry.n == pytest.approx(carry.value, abs=1e-5)
-    assert {"oracle", "majority", "text_only", "shuffled", "zeroed", "linear_probe", "bare"} <= set(ours[0]["answers"])
+    assert {"oracle", "majority", "text_only", "shuffled", "zeroed", "linear_probe"} <= set(ours[0]["answers"])
 
 
 def test_stopped_after_any_unit_and_resumed_it_publishes_the_same_answers(trained, tmp_path, monkeypatch):

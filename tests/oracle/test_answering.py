@@ -33,7 +33,7 @@ def loaded():
 
 
 def questions(count: int = 9) -> list[Asked]:
-    """Different numbers of vectors, every fourth without any."""
+    """Different numbers of vectors, every fourth with nothing to put in."""
     draw = torch.Generator().manual_seed(2)
     asked = []
     for number in range(count):
@@ -45,7 +45,7 @@ def questions(count: int = 9) -> list[Asked]:
 
 def plain(loaded, prompts, asked: Asked, steps: int) -> tuple[list[int], torch.Tensor]:
     """Greedy tokens and the logits after the prompt: one row, no cache, the vectors put in by a Python loop at every pass."""
-    encoded = prompts.encode(asked.example) if asked.vectors_KD is not None else prompts.text_only(asked.example)
+    encoded = prompts.encode(asked.example)
 
     def edit(hidden):
         new = hidden.clone()
@@ -69,8 +69,16 @@ def test_answers_are_those_of_single_prompts_with_vectors_put_in_by_hand(loaded)
     answerer = Answerer(loaded, prompts, INJECTION, slots=4, max_new_tokens=6)
     expected = [prompts.decode(plain(loaded, prompts, one, 6)[0]) for one in asked]
     assert answerer.answers(asked) == expected and len(set(expected)) > 3
-    zeroed = [Asked(one.example, torch.zeros_like(one.vectors_KD)) for one in asked if one.vectors_KD is not None]
-    assert answerer.answers(zeroed) != [text for one, text in zip(asked, expected) if one.vectors_KD is not None]
+
+
+def test_with_nothing_injected_the_state_at_the_placeholders_stays_as_it_is_in_both_modes(loaded):
+    prompts, asked = OraclePrompts(loaded), [question for question in questions() if question.vectors_KD is not None]
+    nothing = [Asked(question.example, None) for question in asked]
+    expected = [float(row[1] - row[0]) for row in (plain(loaded, prompts, one, 1)[1][prompts.target_ids("01")] for one in nothing)]
+    for mode in ("add", "replace"):
+        answerer = Answerer(loaded, prompts, INJECTION._replace(mode=mode), slots=4, max_new_tokens=6)
+        assert answerer.log_odds(nothing, ("0", "1")) == pytest.approx(expected, abs=1e-4)
+        assert answerer.log_odds(asked, ("0", "1")) != pytest.approx(expected, abs=1e-2)
 
 
 def test_log_odds_and_losses_are_those_of_single_prompts(loaded):

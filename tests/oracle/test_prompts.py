@@ -35,15 +35,6 @@ def test_prompt_and_target_never_share_a_token_and_the_answer_ends_with_the_turn
     assert prompts.decode([*encoded.answer_ids, 7, 7]) == target
 
 
-def test_text_only_is_the_same_question_and_answer_without_placeholders(tmp_path):
-    loaded = chat_model(tmp_path / "m")
-    prompts = OraclePrompts(loaded)
-    asked = example(question="What is it?", target="yes", tokens=[1, 2], layers=[0])
-    plain = prompts.text_only(asked)
-    assert loaded.tokenizer.decode(plain.prompt_ids) == "<bos>[user] What is it?\n[assistant] "
-    assert plain.positions == [] and plain.answer_ids == prompts.encode(asked).answer_ids
-
-
 def test_a_template_that_opens_a_thought_gets_it_closed(tmp_path):
     loaded = chat_model(tmp_path / "m", thinking=True)
     assert loaded.tokenizer.decode(OraclePrompts(loaded).encode(example()).prompt_ids).endswith("<think>\n\n</think>\n\n")
@@ -62,7 +53,6 @@ def test_the_built_in_reasoner_gets_act_tokens_a_separator_and_the_code():
     encoded = prompts.encode(example(question="n4", target="7+", tokens=[0, 1], layers=[0, 1]))
     assert encoded.prompt_ids == [bos, act, act, sep, act, act, sep, *ids(["n", "4"])]
     assert encoded.positions == [1, 2, 4, 5] and encoded.answer_ids == [*ids(["7", "+"]), eos]
-    assert prompts.text_only(example(question="c")).prompt_ids == [bos, sep, *ids(["c"])]
 
 
 def test_what_cannot_be_written_is_refused_and_not_learned_as_unknown(tmp_path):

@@ -33,10 +33,10 @@ class Injection(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """One example, ready to be trained on. Without ``positions`` it is a question without activations."""
+    """One example, ready to be trained on. Without ``positions`` nothing is injected into its prompt."""
 
     prompt_ids: list[int]
-    positions: list[int]  # of the vectors, in the prompt
+    positions: list[int]  # of the vectors in the prompt, in their order
     answer_ids: list[int]
 
     @property

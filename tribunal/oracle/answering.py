@@ -22,7 +22,7 @@ from tribunal.oracle.prompts import OraclePrompts
 
 
 class Asked(NamedTuple):
-    """A question with the vectors that go into its prompt; None asks it without."""
+    """A question with the vectors that go into its prompt; None puts nothing in: the same prompt, no hook."""
 
     example: Example
     vectors_KD: Tensor | None
@@ -32,10 +32,7 @@ class Batch:
     """Questions in token ids; satisfies ``tribunal.models.oracle_batches.Lessons``."""
 
     def __init__(self, asked: Sequence[Asked], prompts: OraclePrompts) -> None:
-        self.lessons = []
-        for question in asked:
-            encode = prompts.text_only if question.vectors_KD is None else prompts.encode
-            self.lessons.append(Lesson(*(encoded := encode(question.example))[:2], answer_ids=encoded.answer_ids))
+        self.lessons = [prompts.encode(question.example, inject=question.vectors_KD is not None) for question in asked]
         self._vectors = [question.vectors_KD for question in asked]
 
     def __len__(self) -> int:

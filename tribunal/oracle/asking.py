@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from tribunal.core.errors import ConfigError, DataError
 from tribunal.core.records import Trace, TraceLabel
 from tribunal.core.registry import nearest
@@ -27,7 +25,8 @@ class Reply(NamedTuple):
     """What was asked about, and every answer.
 
     Attributes:
-        answer: the oracle's. zeroed: its answer with nothing injected. text_only: of the adapter that never saw an activation.
+        answer: the oracle's. zeroed: its answer with nothing injected. text_only: of the adapter that never saw an activation,
+            to the same prompt.
     """
 
     sentence: str
@@ -97,7 +96,7 @@ def ask(
     vectors_KD = next(ActivationSource(loaded, file, None).vectors([example]))[1]
     try:
         load_adapter(loaded, folder / ADAPTER if step is None else facts.adapter(folder, step)).eval()
-        answer, zeroed = answerer.answers([Asked(example, vectors_KD), Asked(example, torch.zeros_like(vectors_KD))])
+        answer, zeroed = answerer.answers([Asked(example, vectors_KD), Asked(example, None)])
         text_only = None
         if facts.text_only_steps:
             load_adapter(loaded, folder / TEXT_ONLY).eval()

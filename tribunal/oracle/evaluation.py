@@ -3,9 +3,9 @@
 Conditions under which a question is put:
 
 * ``oracle``: its own activations.
-* ``shuffled``: the activations of another problem's item of the same task. ``zeroed``: placeholders, but nothing injected.
-* ``text_only``: an adapter that was trained as long on the questions without any activation, asked without any.
-* ``bare``: the oracle itself asked without placeholders; cheaper, and unlike what it was trained on, so a detail and no control.
+* ``shuffled``: the activations of another problem's item of the same task.
+* ``zeroed``: the same prompt, placeholders included, and nothing injected.
+* ``text_only``: that prompt to an adapter that was trained as long on such prompts and never saw an activation.
 
 ``majority`` is the most frequent target of the training examples; ``linear_probe`` is fitted on the same activations and split.
 """
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from tribunal.core.storage import sha256_file, sha256_json
 from tribunal.core.work import Json
@@ -36,7 +35,7 @@ from tribunal.oracle.settings import ADAPTER, TEXT_ONLY, OracleFacts
 from tribunal.oracle.training import spread
 from tribunal.oracle.vectors import VectorLayout, Vectors
 
-CONDITIONS = ("oracle", "shuffled", "zeroed", "bare", "text_only")
+CONDITIONS = ("oracle", "shuffled", "zeroed", "text_only")
 PROBE_ITEMS = 4000
 """Training examples of one task that its linear probe is fitted on, at most."""
 
@@ -169,14 +168,13 @@ class OracleEvaluation:
         return min(counts, key=lambda target: (-counts[target], target))
 
     def _asked(self, item: Example, condition: str, vectors: Vectors) -> Asked:
-        if condition in ("bare", TEXT_ONLY):
+        if condition in ("zeroed", TEXT_ONLY):
             return Asked(item, None)
         if condition == "shuffled":
             other = self.partner(item)
             lent = item.model_copy(update={"tokens": other.tokens, "layers": other.layers})
             return Asked(lent, vectors.of(other))
-        own = vectors.of(item)
-        return Asked(item, torch.zeros_like(own) if condition == "zeroed" else own)
+        return Asked(item, vectors.of(item))
 
     def _put_on(self, unit: Unit) -> None:
         """Put the adapter that answers onto the model, unless it is there."""

@@ -22,7 +22,7 @@ def training(rows: Sequence[Json], validation: Sequence[Json], steps: int, path:
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
     runs = {
         "with activations": [(row["step"], row["loss"]) for row in rows if row["step"] <= steps],
-        "questions alone (text_only)": [(row["step"] - steps, row["loss"]) for row in rows if row["step"] > steps],
+        "nothing injected (text_only)": [(row["step"] - steps, row["loss"]) for row in rows if row["step"] > steps],
     }
     for number, (name, points) in enumerate(runs.items()):
         if points:

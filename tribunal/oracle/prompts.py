@@ -13,23 +13,16 @@ that no token reaches over their border and the answer's first token is learned 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from tribunal.core.errors import DataError, ModelError
 from tribunal.models import reasoner
 from tribunal.models.loading import LoadedModel
+from tribunal.models.oracle_batches import Lesson
 from tribunal.oracle.examples import Example
 
 PLACEHOLDERS = (" ?", " @", " #", " *", " &", " _")
 """The first that is a single token of the vocabulary is used; released oracles use the first."""
-
-
-class Encoded(NamedTuple):
-    """An example in token ids: ``positions`` are those of the placeholders in ``prompt_ids``, one for each vector in its order."""
-
-    prompt_ids: list[int]
-    positions: list[int]
-    answer_ids: list[int]
 
 
 class OraclePrompts:
@@ -54,8 +47,12 @@ class OraclePrompts:
             raise ModelError(f"{self.name}: neither the tokenizer nor the generation config names an end-of-sequence token")
         self.eos_id: int = loaded.eos_ids[0] if eos is None else eos
 
-    def encode(self, example: Example) -> Encoded:
-        """The example with its placeholders.
+    def encode(self, example: Example, *, inject: bool = True) -> Lesson:
+        """The example in token ids, ready to be asked or learned.
+
+        Args:
+            inject: False leaves the placeholders where they are and lists none of them, so that nothing is put in: all that
+                the prompt gives away, the number of vectors included, and no activation.
 
         Raises:
             DataError: the question or answer cannot be written in the model's vocabulary.
@@ -69,14 +66,8 @@ class OraclePrompts:
         else:
             blocks = "".join(f"Layer: {layer}\n{self.placeholder * count} \n" for layer, count in zip(example.layers, counts))
             prompt_ids = self._prompt(blocks + example.question)
-        return Encoded(prompt_ids, self._positions(prompt_ids, counts, example), self.answer_ids(example))
-
-    def text_only(self, example: Example) -> Encoded:
-        """The same question without placeholders: what the oracle knows without activations."""
-        if self.builtin:
-            head = [self._ids(token)[0] for token in (reasoner.BOS, reasoner.SEP)]
-            return Encoded(head + self._known(example, example.question), [], self.answer_ids(example))
-        return Encoded(self._prompt(example.question), [], self.answer_ids(example))
+        positions = self._positions(prompt_ids, counts, example)
+        return Lesson(prompt_ids, positions if inject else [], self.answer_ids(example))
 
     def answer_ids(self, example: Example) -> list[int]:
         """The target's tokens and the end of the turn."""

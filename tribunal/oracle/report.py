@@ -47,11 +47,10 @@ def publish(evaluation: OracleEvaluation, out: Path, *, records: Mapping[str, Js
             "planted": facts.planted,
             "controls": {
                 "majority": "the most frequent target of the training examples",
-                "text_only": "an adapter trained on the same questions without any activation, asked without any",
+                "text_only": "an adapter trained on and asked the same prompts, placeholders included, with nothing injected",
                 "shuffled": "the oracle with the activations of another problem's item of the same task",
-                "zeroed": "the oracle with placeholders and nothing injected",
+                "zeroed": "the oracle asked the same prompts with nothing injected",
                 "linear_probe": "logistic or ridge probe on the same activations, training examples and items",
-                "oracle_without_placeholders": "the oracle asked like text_only; a detail, since it was never trained so",
             },
         },
     )

@@ -1,7 +1,7 @@
 """Train an activation oracle: examples, audit, vectors on the disk, two adapters, and what is published of them.
 
-The second adapter, ``text_only``, is trained on the same questions without any activation. What it reaches is what the
-questions alone give away, so it is the control that an oracle has to beat.
+The second adapter, ``text_only``, is trained on the same prompts, placeholders included, with nothing injected. What it reaches
+is what the prompts alone give away, so it is the control that an oracle has to beat.
 """
 
 from __future__ import annotations
@@ -55,12 +55,11 @@ RUNS = ("oracle", TEXT_ONLY)
 
 
 class ExampleLessons:
-    """Examples as token ids, with their vectors or without any; satisfies ``tribunal.models.oracle_batches.Lessons``."""
+    """Examples as token ids, with their vectors or with nothing to inject; satisfies ``tribunal.models.oracle_batches.Lessons``."""
 
     def __init__(self, examples: Sequence[Example], prompts: OraclePrompts, vectors: Vectors | None) -> None:
         self.examples, self._vectors = examples, vectors
-        encode = prompts.text_only if vectors is None else prompts.encode
-        self.lessons = [Lesson(*encode(example)) for example in examples]
+        self.lessons = [prompts.encode(example, inject=vectors is not None) for example in examples]
 
     def __len__(self) -> int:
         return len(self.lessons)
@@ -187,7 +186,7 @@ class OracleTraining:
         )
 
     def text_only_trainer(self, output_dir: Path, callbacks: list[Any]) -> InjectionTrainer:
-        """The control's Trainer: same questions, order and settings, no activation."""
+        """The control's Trainer: same prompts, order and settings, nothing injected."""
         lessons = ExampleLessons(self.train, self.prompts, None)
         nothing: frozenset[int] = frozenset()
         return self._trainer(

@@ -178,7 +178,6 @@ class TaskScores:
 
     def details(self) -> Json:
         oracle = self.answers.said["oracle"]
-        bare = self.answers.said.get("bare")
         judged = constancy([answer.text for answer in oracle], [item.target for item in self.items])
         return {
             "n": len(self.items),
@@ -187,7 +186,6 @@ class TaskScores:
             "not_above": self.unbeaten,
             "intervals_apart": self.apart,
             "over_linear_probe": _span(self.over_linear_probe) if self.over_linear_probe else None,
-            "oracle_without_placeholders": _span(self.estimate(self.headline.metric, bare)) if bare else None,
             "constancy": judged._asdict(),
             "positive_answer": self.answers.pair[1] if self.answers.pair else None,
         }

@@ -1,0 +1,57 @@
+"""What an oracle and its controls are asked: the same prompt, and activations of the right problem, of another one, or none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.oracle.helpers import BUILTIN, example
+from tribunal.models.loading import load_model
+from tribunal.oracle.evaluation import OracleEvaluation
+from tribunal.oracle.examples import Example
+from tribunal.oracle.prompts import OraclePrompts
+from tribunal.oracle.settings import OracleFacts
+from tribunal.oracle.training import ExampleLessons
+
+
+class Numbered:
+    """Vectors that say whose they are."""
+
+    def of(self, item: Example) -> torch.Tensor:
+        return torch.full((item.n_vectors, 128), float(item.key.rpartition("/")[2]))
+
+
+def items(groups: int = 6) -> list[Example]:
+    """Held-out items, two problems of each group, with different numbers of tokens."""
+    return [
+        example(key=f"carry/p{n}/0/{n}", problem_id=f"p{n}", choices=["0", "1"], tokens=list(range(1 + n % 3)), split="test")
+        for n in range(2 * groups)
+    ]
+
+
+def evaluation(examples: list[Example], **facts: Any) -> OracleEvaluation:
+    loaded = load_model(BUILTIN)
+    known: dict[str, Any] = {
+        "model": {}, "dtype": "float32", "seed": 0, "tasks": ["carry"], "examples": {}, "injection": {"mode": "replace"}, "placeholder": "<act>",
+        "max_new_tokens": 4, "slots": 4, "steps": 9, "best_step": 9, "kept": [4, 9], "text_only_steps": 9, "counts": {}, "validation": None,
+        "planted": True, **facts,
+    }  # fmt: skip
+    corpus: Any = SimpleNamespace(examples=examples, of_split=lambda split: [e for e in examples if e.split == split])
+    source: Any = None
+    given: dict[str, Any] = {"items_per_task": 400, "chunk": 200, "traces_per_file": 9, "seed": 0}
+    return OracleEvaluation(loaded, OracleFacts(**known), Path(), corpus, source, steps=[4], published=["their/adapter"], **given)
+
+
+@pytest.mark.parametrize("condition", ["zeroed", "text_only"])
+def test_the_controls_without_activations_see_all_of_the_oracles_prompt_and_nothing_is_injected(condition):
+    asked, vectors, prompts = items(), Numbered(), OraclePrompts(load_model(BUILTIN))
+    learned, control = ExampleLessons(asked, prompts, vectors), ExampleLessons(asked, prompts, None)
+    made = evaluation(asked)
+    for item, lesson, theirs in zip(asked, learned.lessons, control.lessons, strict=True):
+        assert len(lesson.positions) == item.n_vectors and theirs == lesson._replace(positions=[])
+        question = made._asked(item, condition, vectors)
+        assert question.example == item and question.vectors_KD is None
