@@ -83,6 +83,7 @@ def foreign(tmp_path: Path, **changes: str) -> Path:
     [
         (["train_oracle.tasks=[carri]"], ConfigError, r"unknown task 'carri'; did you mean 'carry'"),
         (["train_oracle.examples={layers: [1, 3]}"], ConfigError, r"examples\.layers: no layer 3; the model has 3 layers, 0 to 2"),
+        (["train_oracle.examples={layers: [1, 1]}"], ConfigError, r"train_oracle\.examples\.layers: .*layer 1 is given twice"),
         (["train_oracle.injection={layer: 7}"], ConfigError, r"injection\.layer: no layer 7"),
         (["train_oracle.tasks=[yes_no]"], ConfigError, r"task 'yes_no' needs examples\.yes_no"),
         (["train_oracle.tracker=tensorboard"], ConfigError, r"tensorboard is not installed here"),

@@ -115,7 +115,7 @@ def example(task: str = "carry", **values: Any) -> Example:
         "stratum": None,
         "split": "train",
     }
-    return Example(**{**defaults, **values})
+    return Example(**{**defaults, "group": values.get("problem_id", "p"), **values})
 
 
 def chat_model(

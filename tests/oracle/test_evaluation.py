@@ -10,12 +10,15 @@ import pytest
 import torch
 
 from tests.oracle.helpers import BUILTIN, example
+from tribunal.core.errors import DataError
 from tribunal.models.loading import load_model
 from tribunal.oracle.evaluation import OracleEvaluation
 from tribunal.oracle.examples import Example
 from tribunal.oracle.prompts import OraclePrompts
 from tribunal.oracle.settings import OracleFacts
 from tribunal.oracle.training import ExampleLessons
+
+CHOICES = ["0", "1"]
 
 
 class Numbered:
@@ -28,7 +31,7 @@ class Numbered:
 def items(groups: int = 6) -> list[Example]:
     """Held-out items, two problems of each group, with different numbers of tokens."""
     return [
-        example(key=f"carry/p{n}/0/{n}", problem_id=f"p{n}", choices=["0", "1"], tokens=list(range(1 + n % 3)), split="test")
+        example(key=f"carry/p{n}/0/{n}", problem_id=f"p{n}", group=f"g{n // 2}", tokens=[*range(1 + n % 3)], split="test", choices=CHOICES)
         for n in range(2 * groups)
     ]
 
@@ -36,9 +39,9 @@ def items(groups: int = 6) -> list[Example]:
 def evaluation(examples: list[Example], **facts: Any) -> OracleEvaluation:
     loaded = load_model(BUILTIN)
     known: dict[str, Any] = {
-        "model": {}, "dtype": "float32", "seed": 0, "tasks": ["carry"], "examples": {}, "injection": {"mode": "replace"}, "placeholder": "<act>",
-        "max_new_tokens": 4, "slots": 4, "steps": 9, "best_step": 9, "kept": [4, 9], "text_only_steps": 9, "counts": {}, "validation": None,
-        "planted": True, **facts,
+        "model": {}, "dtype": "float32", "seed": 0, "tasks": ["carry"], "examples": {}, "injection": {"mode": "replace"}, "planted": True,
+        "placeholder": "<act>", "max_new_tokens": 4, "slots": 4, "steps": 9, "best_step": 9, "kept": [4, 9], "text_only_steps": 9,
+        "counts": {}, "validation": None, **facts,
     }  # fmt: skip
     corpus: Any = SimpleNamespace(examples=examples, of_split=lambda split: [e for e in examples if e.split == split])
     source: Any = None
@@ -55,3 +58,17 @@ def test_the_controls_without_activations_see_all_of_the_oracles_prompt_and_noth
         assert len(lesson.positions) == item.n_vectors and theirs == lesson._replace(positions=[])
         question = made._asked(item, condition, vectors)
         assert question.example == item and question.vectors_KD is None
+
+
+def test_shuffled_activations_are_never_of_the_same_problem_with_another_hint():
+    made = evaluation(items())
+    partners = {item.key: made.partner(item) for item in made.items["carry"]}
+    assert all(partner.group != item.group for item, partner in zip(made.items["carry"], partners.values()))
+    assert len({partner.key for partner in partners.values()}) > 3
+
+
+@pytest.mark.parametrize(("count", "found"), [(0, "0 held-out items of 0 problems"), (1, "2 held-out items of 1 problem;")])
+def test_a_task_without_held_out_items_of_two_problems_is_refused_before_anything_is_asked(count, found):
+    with pytest.raises(DataError, match=f"^evaluate_oracle: task carry has {found}.*raise examples.test_share") as caught:
+        evaluation(items(count))
+    assert "\n" not in str(caught.value)

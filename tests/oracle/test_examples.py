@@ -155,6 +155,7 @@ def test_hint_use_is_asked_only_where_the_hint_can_be_what_moved_the_answer(tmp_
     found = build(traces, ["hint_use", "correctness"], builtin=False, pairs=pairs, verdicts=["correct", "incorrect", "unparsable"])
     assert {(e.problem_id, e.target) for e in found if e.task == "hint_use"} == {("h0", "yes"), ("h1", "no")}
     assert {e.stratum for e in found if e.task == "hint_use"} == {"authority"}
+    assert {e.problem_id: e.group for e in found} == {f"{kind}{n}": f"q{n}" for kind in "qh" for n in range(4)}
     split = {e.problem_id: e.split for e in found}
     assert [split[f"h{n}"] for n in range(4)] == [split[f"q{n}"] for n in range(4)]  # a problem and its hinted twin, in every task
 

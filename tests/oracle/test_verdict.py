@@ -28,6 +28,16 @@ def scores(oracle, **said) -> TaskScores:
     return TaskScores(TaskAnswers("carry", ITEMS, everything, {50: COIN}, {}, ("0", "1")), resamples)
 
 
+def test_a_problem_and_its_hinted_twins_are_resampled_together():
+    twins = [item.model_copy(update={"group": f"g{n // 8:02}"}) for n, item in enumerate(ITEMS)]  # two problem ids in each group
+    resamples = Resamples(sorted({item.group for item in twins}), 200, 0)
+    task = TaskScores(TaskAnswers("carry", twins, {"oracle": COIN, "majority": ONES}, {}, {}, ("0", "1")), resamples)
+    right = np.array([answer.text == item.target for answer, item in zip(COIN, twins)], dtype=float)
+    by_group = np.array([right[start : start + 8].mean() for start in range(0, len(twins), 8)])
+    expected = [np.average(by_group, weights=counts) for counts in resamples.counts_RG]
+    assert task.estimate("exact_match", COIN).draws == pytest.approx(expected) and task.details()["problems"] == 20
+
+
 def report(*tasks: TaskScores, planted: bool = False):
     given = {
         "job": "evaluate_oracle",

@@ -82,6 +82,7 @@ def ask(
         key=f"ask/{trace_key}/{sentence}",
         task="ask",
         problem_id=trace.problem_id,
+        group=trace.problem_id,
         sample=trace.sample,
         question=question,
         target="?",

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tribunal.core.errors import DataError
 from tribunal.core.storage import sha256_file, sha256_json
 from tribunal.core.work import Json
 from tribunal.models.adapters import find_adapter, load_adapter
@@ -66,6 +67,8 @@ class OracleEvaluation:
         published: adapters of others (PEFT folders or hub names) that are put the same questions in the same way.
         items_per_task: held-out items of each task, at most.
         chunk: items answered together; decides batch shapes.
+    Raises:
+        DataError: a task's items are of fewer than two problems, so that there is nothing to shuffle or to compare.
     """
 
     def __init__(
@@ -89,6 +92,8 @@ class OracleEvaluation:
         self.answerer = Answerer(loaded, self.prompts, Injection(**facts.injection), slots=facts.slots, max_new_tokens=facts.max_new_tokens)
         test = corpus.of_split("test")
         self.items = {task: spread([e for e in test if e.task == task], items_per_task) for task in facts.tasks}
+        for task, items in self.items.items():
+            _require_two_problems(task, items)
         self._on_model: tuple[str, int | None, str | None] | None = None
 
     @cached_property
@@ -159,8 +164,8 @@ class OracleEvaluation:
 
     def partner(self, item: Example) -> Example:
         """The item of the same task and another problem whose activations ``shuffled`` gives this one: a function of its key."""
-        others = [other for other in self.items[item.task] if other.problem_id != item.problem_id]
-        return others[int(rng_of(self.seed, "shuffled", item.key).integers(len(others)))] if others else item
+        others = [other for other in self.items[item.task] if other.group != item.group]
+        return others[int(rng_of(self.seed, "shuffled", item.key).integers(len(others)))]
 
     def majority(self, task: str) -> str:
         """The most frequent target of the task's training examples."""
@@ -196,6 +201,14 @@ class OracleEvaluation:
         if any(unit.key not in records for unit in units):
             return None
         return [ProbeAnswer(*answer) for unit in units for answer in records[unit.key]["answers"]]
+
+
+def _require_two_problems(task: str, items: Sequence[Example]) -> None:
+    if (count := len({item.group for item in items})) < 2:
+        raise DataError(
+            f"evaluate_oracle: task {task} has {len(items)} held-out items of {count} problem{'s' * (count != 1)}; two problems are needed "
+            "at least: take more traces, or raise examples.test_share and train again"
+        )
 
 
 def _record(answer: ProbeAnswer) -> list[Any]:

@@ -29,6 +29,7 @@ class Example(Record):
     key: str = Field(description="<task>/<problem_id>/<sample>/<number>")
     task: str
     problem_id: str
+    group: str = Field(description="the problem whose split it shares, and with whose items it is resampled: of a hinted one the plain one")
     sample: int
     question: str
     target: str
@@ -117,6 +118,7 @@ def build_examples(
                     key=f"{task.name}/{trace.key}/{number}",
                     task=task.name,
                     problem_id=trace.problem_id,
+                    group=group,
                     sample=trace.sample,
                     question=draft.question,
                     target=draft.target,

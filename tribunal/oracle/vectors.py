@@ -72,6 +72,7 @@ class VectorLayout:
             key=f"{key}, layer {layer}",
             task="",
             problem_id=problem,
+            group=problem,
             sample=sample,
             question="",
             target="",

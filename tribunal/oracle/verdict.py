@@ -70,7 +70,7 @@ class TaskScores:
     def __init__(self, answers: TaskAnswers, resamples: Resamples) -> None:
         self.answers, self.resamples = answers, resamples
         self.task, self.items = answers.task, answers.items
-        self.clusters = resamples.index([item.problem_id for item in self.items])
+        self.clusters = resamples.index([item.group for item in self.items])
         self.kind = task_class(self.task)
         self.classes = sorted({item.target for item in self.items})
         self.labels = np.array([self.classes.index(item.target) for item in self.items], dtype=np.int64)

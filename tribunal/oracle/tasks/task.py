@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from tribunal.core import registry
 from tribunal.core.config import Section
@@ -52,6 +52,13 @@ class ExampleSettings(Section):
     longest_context: int = Field(16, ge=1, description="context_prediction: most tokens to predict")
     pairs: Path | None = Field(None, description="hint_use: JSONL of {problem_id, without, hint, kind}; see tribunal.oracle.tasks.hint_use")
     yes_no: Path | None = Field(None, description="yes_no: JSONL of {problem_id, question, answer, sample?, sentence?}")
+
+    @field_validator("layers")
+    @classmethod
+    def _each_once(cls, layers: list[int] | None) -> list[int] | None:
+        if twice := sorted({layer for layer in layers or () if layers and layers.count(layer) > 1}):
+            raise ValueError(f"layer {twice[0]} is given twice; give each layer once")
+        return layers
 
     @model_validator(mode="after")
     def _something_is_left(self) -> ExampleSettings:
