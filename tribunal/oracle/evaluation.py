@@ -33,6 +33,7 @@ from tribunal.oracle.examples import Example, rng_of
 from tribunal.oracle.probe import ProbeAnswer, answer_by_probe
 from tribunal.oracle.prompts import OraclePrompts
 from tribunal.oracle.settings import ADAPTER, TEXT_ONLY, OracleFacts
+from tribunal.oracle.tasks.task import task_class
 from tribunal.oracle.training import spread
 from tribunal.oracle.vectors import VectorLayout, Vectors
 
@@ -146,7 +147,9 @@ class OracleEvaluation:
         """The answers of a unit, as its record."""
         if unit.condition == "linear_probe":
             train, validation = self.probed[unit.task]
-            answers = answer_by_probe(train, validation, self.items[unit.task], vectors, odds=self.pair(unit.task))
+            by_question = task_class(unit.task).kind == "yes_no"
+            items, pair = self.items[unit.task], self.pair(unit.task)
+            answers = answer_by_probe(train, validation, items, vectors, odds=pair, by_question=by_question)
             return {"answers": [_record(answer) for answer in answers]}
         items = self.items[unit.task][unit.chunk * self.chunk : (unit.chunk + 1) * self.chunk]
         self._put_on(unit)

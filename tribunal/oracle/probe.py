@@ -1,11 +1,12 @@
 """The linear probe beside an oracle: the same activations, the same split, the same question, no words.
 
-N items, K vectors of an item, D model width, C classes
+N items, K vectors of an item, D model width, C classes (one column where there are two), P penalties
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from tribunal.oracle.vectors import Vectors
 from tribunal.probes.linear import TrainingSet, to_device
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Inverse penalties; the one that is right most often on the validation examples is used, the smallest on a tie."""
+"""Inverse penalties that are tried."""
+ENOUGH = 10
+"""A probe of its own needs so many training examples of each of two answers."""
 WIDEST = 16_384
 """Vectors are put side by side up to this many features; beyond it, and where items differ in their number, mean and last are taken."""
 
@@ -35,28 +38,66 @@ def answer_by_probe(
     vectors: Vectors,
     *,
     odds: tuple[str, str] | None,
+    by_question: bool = False,
 ) -> list[ProbeAnswer]:
-    """Fit on ``train``, choose the penalty on ``validation``, answer ``items``.
+    """Fit on ``train``, choose on ``validation``, answer ``items``.
 
     Two classes: logistic regression. More: ridge, one class against the rest, the largest score wins.
+
+    One direction cannot serve several layers, so there is a probe for each set of layers that examples read; one with too few
+    training examples (``ENOUGH``) is answered by a probe on all of them. With ``by_question`` each question that has enough of
+    them at these layers gets a probe of its own, the others keep that of the layers. Whether it does, and the penalty, is
+    decided for each set of layers by which is right most often on its validation examples: on a tie one probe for all
+    questions, then the smallest inverse penalty.
+
+    Args:
+        odds: the two classes, the second one positive; None where there are more.
+        by_question: questions ask about different things, so that one direction cannot serve them all.
     """
-    every = [*train, *validation, *items]
-    wide = len({example.n_vectors for example in every}) == 1 and every[0].n_vectors * vectors.of(every[0]).shape[1] <= WIDEST
-    fit_ND, check_ND, ask_ND = (_features(part, vectors, wide) for part in (train, validation, items))
+    asked = [*validation, *items]
+    wide = len({e.n_vectors for e in (*train, *asked)}) == 1 and train[0].n_vectors * vectors.of(train[0]).shape[1] <= WIDEST
     classes = list(odds) if odds else sorted({example.target for example in train})
-    target_N = torch.tensor([classes.index(example.target) for example in train], device=fit_ND.device)
-    training = TrainingSet(fit_ND)
-    if odds:
-        fitted = training.logistic(target_N, PENALTIES)
-        checked, asked = ([scores[:, [i]] for i in range(len(PENALTIES))] for scores in (fitted.scores(check_ND), fitted.scores(ask_ND)))
-    else:
+
+    def scores(mine: Sequence[Example], numbers: Sequence[int]) -> Tensor:
+        """[P, N, C] of the examples asked about with these numbers, fitted on ``mine`` with each of the P penalties."""
+        training = TrainingSet(_features(mine, vectors, wide))
+        acts_ND = _features([asked[number] for number in numbers], vectors, wide)
+        target_N = torch.tensor([classes.index(example.target) for example in mine], device=acts_ND.device)
+        if odds:
+            return training.logistic(target_N, PENALTIES).scores(acts_ND).T[..., None]
         labels_NC = torch.nn.functional.one_hot(target_N, len(classes))
-        fits = [training.ridge(labels_NC, c) for c in PENALTIES]
-        checked, asked = ([fit.scores(part) for fit in fits] for part in (check_ND, ask_ND))
-    right = [sum(classes[i] == e.target for i, e in zip(_chosen(scores), validation)) for scores in checked]
-    best = asked[right.index(max(right))]
-    values = best[:, 0].tolist() if odds else [None] * len(items)
-    return [ProbeAnswer(classes[i], value) for i, value in zip(_chosen(best), values)]
+        return torch.stack([training.ridge(labels_NC, c).scores(acts_ND) for c in PENALTIES])
+
+    answers: dict[int, ProbeAnswer] = {}
+    for layers, numbers in _places([tuple(example.layers) for example in asked]).items():
+        mine = [example for example in train if tuple(example.layers) == layers]
+        found = scores(mine if _enough(mine) else train, numbers)
+        if by_question:
+            apart = found.clone()
+            for question, rows in _places([asked[number].question for number in numbers]).items():
+                own = [example for example in mine if example.question == question]
+                if _enough(own):
+                    apart[:, rows] = scores(own, [numbers[row] for row in rows])
+            found = torch.cat([found, apart])
+        said = [_chosen(option) for option in found]
+        checked = [row for row, number in enumerate(numbers) if number < len(validation)]
+        right = [sum(classes[option[row]] == asked[numbers[row]].target for row in checked) for option in said]
+        best = right.index(max(right))
+        for row, number in enumerate(numbers):
+            answers[number] = ProbeAnswer(classes[said[best][row]], float(found[best, row, 0]) if odds else None)
+    return [answers[number] for number in range(len(validation), len(asked))]
+
+
+def _enough(examples: Sequence[Example]) -> bool:
+    return sum(count >= ENOUGH for count in Counter(example.target for example in examples).values()) >= 2
+
+
+def _places(names: Sequence[Hashable]) -> dict[Hashable, list[int]]:
+    """Where each name stands, in the order of their first places."""
+    found: dict[Hashable, list[int]] = {}
+    for number, name in enumerate(names):
+        found.setdefault(name, []).append(number)
+    return found
 
 
 def _chosen(scores_NC: Tensor) -> list[int]:

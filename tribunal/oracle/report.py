@@ -11,7 +11,7 @@ from tribunal.core.stats import Resamples
 from tribunal.core.storage import write_jsonl
 from tribunal.core.work import Json
 from tribunal.oracle import figures
-from tribunal.oracle.evaluation import OracleEvaluation
+from tribunal.oracle.evaluation import PROBE_ITEMS, OracleEvaluation
 from tribunal.oracle.probe import ProbeAnswer
 from tribunal.oracle.scoring import exact, fuzzy
 from tribunal.oracle.verdict import TaskAnswers, TaskScores, make_report
@@ -50,7 +50,9 @@ def publish(evaluation: OracleEvaluation, out: Path, *, records: Mapping[str, Js
                 "text_only": "an adapter trained on and asked the same prompts, placeholders included, with nothing injected",
                 "shuffled": "the oracle with the activations of another problem's item of the same task",
                 "zeroed": "the oracle asked the same prompts with nothing injected",
-                "linear_probe": "logistic or ridge probe on the same activations, training examples and items",
+                "linear_probe": "logistic or ridge probe on the same activations and split, one for each set of layers, on yes/no tasks one "
+                "for each question where validation likes that better; on at most "
+                f"{PROBE_ITEMS} training examples of a task, evenly spaced",
             },
         },
     )
