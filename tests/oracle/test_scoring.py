@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
-from sklearn.metrics import f1_score
 
-from tribunal.oracle.scoring import constancy, exact, fuzzy, macro_f1, named_choice, normalise, word_f1, yes_no
+from tribunal.oracle.scoring import constancy, exact, fuzzy, named_choice, normalise, word_f1, yes_no
 from tribunal.oracle.tasks.sentence_class import WORDS
 from tribunal.traces.sentence_labels import TIERS
 
@@ -44,6 +41,21 @@ def test_numbers_are_compared_whole():
     assert normalise("The 1.50, a B_c-d!") == "1.50 b c d"
 
 
+@pytest.mark.parametrize(
+    ("answer", "choices", "named"),
+    [
+        ("0, no carry", ["0", "1"], "0"),
+        ("1 and not 0", ["0", "1"], None),
+        ("It is not 1", ["0", "1"], None),
+        ("There was none, no", ["yes", "no"], "no"),
+        ("Not at all.", ["not at all", "a lot"], "not at all"),
+        ("low, not high", ["low", "high"], None),
+    ],
+)
+def test_a_denial_names_nothing_unless_the_answer_begins_with_its_choice_or_a_choice_is_one(answer, choices, named):
+    assert named_choice(answer, choices) == named
+
+
 def test_exact_forgives_blanks_at_the_ends_and_nothing_else():
     assert exact(" yes\n", "yes") and not exact("Yes", "yes")
 
@@ -62,15 +74,6 @@ def test_open_answers_get_the_f1_of_their_words_each_as_often_as_it_occurs():
     assert word_f1("cat cat cat", "cat sat") == pytest.approx(0.4)  # a repeated word counts once here
     assert word_f1("", "") == 1.0 and word_f1("", "cat") == 0.0
     assert fuzzy("context_prediction", "7+5=12", "7+5=12", []) == 1.0
-
-
-def test_macro_f1_is_scikit_learns_over_the_classes_of_the_targets():
-    draw = random.Random(0)
-    for _ in range(20):
-        targets = [draw.choice("abc") for _ in range(50)]
-        answers = [draw.choice(["a", "b", "c", "d", None]) for _ in range(50)]
-        theirs = f1_score(targets, [a or "?" for a in answers], average="macro", labels=sorted(set(targets)), zero_division=0)
-        assert macro_f1(answers, targets) == pytest.approx(theirs)
 
 
 def test_an_oracle_that_always_says_the_same_is_flagged_unless_the_right_answer_is_always_the_same():

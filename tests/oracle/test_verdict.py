@@ -61,6 +61,15 @@ def test_macro_f1_is_scikit_learns_under_any_weights():
     assert mean(said, labels, weights) == pytest.approx([np.average(said, weights=row) for row in weights])
 
 
+def test_macro_f1_of_yes_and_no_reads_answers_as_the_fuzzy_match_does():
+    items = [example("correctness", key=f"k{n}", target=("yes", "no")[n % 2], choices=["yes", "no"], split="test") for n in range(40)]
+    said = [ProbeAnswer({"yes": "Yes, it is not wrong.", "no": "No, it is not."}[item.target], None) for item in items]
+    task = TaskScores(
+        TaskAnswers("correctness", items, {"oracle": said, "majority": said}, {}, {}, ("no", "yes")), Resamples(["p"], 100, 0)
+    )
+    assert task.estimate("macro_f1", said).value == task.estimate("fuzzy_match", said).value == 1
+
+
 def test_an_oracle_that_is_right_where_its_controls_guess_reads_the_activations():
     task = scores(RIGHT)
     assert task.unbeaten == [] and task.apart and task.constant is None

@@ -1,4 +1,4 @@
-"""Is the oracle's answer right? Exact and fuzzy matches, macro-F1, yes/no answers, and oracles that always say the same."""
+"""Is the oracle's answer right? Exact and fuzzy matches, the choice that an answer names, and oracles that always say the same."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ YES, NO = "yes", "no"
 SAID_YES = frozenset({"yes", "y", "true", "correct", "right", "yeah", "yep"})
 SAID_NO = frozenset({"no", "n", "false", "incorrect", "wrong", "nope"})
 CONSTANT_SHARE = 0.95
+DENIAL = re.compile(r"(?<!\w)(not|no|neither|isn t|never)(?!\w)")
 
 
 def normalise(text: str) -> str:
@@ -35,18 +36,21 @@ def fuzzy(task: str, answer: str, target: str, choices: Sequence[str]) -> float:
     near-synonyms of the task's own list do not matter, and an answer that names two choices names none. Open tasks: F1 over
     words, each as often as it occurs.
     """
+    return float(said_choice(task, answer, choices) == target) if choices else word_f1(answer, target)
+
+
+def said_choice(task: str, answer: str, choices: Sequence[str]) -> str | None:
+    """The choice that an answer to a task names, None where it names none: fuzzy matches and macro-F1 both go by it."""
     kind = task_class(task)
-    if kind.kind == "yes_no":
-        return float(yes_no(answer) == target.strip().lower())
-    if choices:
-        return float(named_choice(answer, choices, kind.synonyms) == target)
-    return word_f1(answer, target)
+    return yes_no(answer) if kind.kind == "yes_no" else named_choice(answer, choices, kind.synonyms)
 
 
 def named_choice(answer: str, choices: Sequence[str], synonyms: Mapping[str, Sequence[str]] | None = None) -> str | None:
     """The one choice that an answer names, None where it names none or several.
 
-    An answer that is a choice or its synonym counts as that; otherwise one that holds the words of exactly one choice does.
+    An answer that is a choice or its synonym counts as that; otherwise one that holds the words of exactly one choice does,
+    and does not deny it: a word like "not" counts as denial unless the answer begins with a choice ("0, no carry") or a choice
+    is such a word itself.
     """
     said = normalise(answer)
     names = {choice: [normalise(name) for name in (choice, *(synonyms or {}).get(choice, ()))] for choice in choices}
@@ -60,7 +64,9 @@ def named_choice(answer: str, choices: Sequence[str], synonyms: Mapping[str, Seq
     # "very important" names "high" though "important" alone might too: a name inside a longer one says nothing
     longest = [s for s in spans if not any(o[0] <= s[0] and s[1] <= o[1] and o[1] - o[0] > s[1] - s[0] for o in spans)]
     found = {choice for _, _, choice in longest}
-    if re.search(r"(?<!\w)(not|no|neither|isn t|never)(?!\w)", said):
+    plain = [normalise(choice) for choice in choices]
+    begins = any(re.match(rf"{re.escape(choice)}(?!\w)", said) for choice in plain)
+    if DENIAL.search(said) and not begins and not any(DENIAL.search(choice) for choice in plain):
         return None
     return found.pop() if len(found) == 1 else None
 
@@ -79,19 +85,6 @@ def word_f1(answer: str, target: str) -> float:
         return float(said == wanted)
     common = sum((said & wanted).values())
     return 2 * common / (sum(said.values()) + sum(wanted.values()))
-
-
-def macro_f1(answers: Sequence[str | None], targets: Sequence[str]) -> float:
-    """Mean F1 over the classes that occur among the targets; None (no class named) is wrong for every class.
-
-    Same as scikit-learn's ``f1_score(average="macro", labels=<classes of the targets>, zero_division=0)``.
-    """
-    assert len(answers) == len(targets) > 0
-    scores = []
-    for name in sorted(set(targets)):
-        hits = sum(a == t == name for a, t in zip(answers, targets))
-        scores.append(2 * hits / (sum(a == name for a in answers) + sum(t == name for t in targets)))
-    return sum(scores) / len(scores)
 
 
 class Constancy(NamedTuple):

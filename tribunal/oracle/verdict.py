@@ -17,8 +17,7 @@ from tribunal.core.stats import Estimate, Floats, Resamples
 from tribunal.core.work import Json
 from tribunal.oracle.examples import Example
 from tribunal.oracle.probe import ProbeAnswer
-from tribunal.oracle.scoring import constancy, exact, fuzzy, named_choice
-from tribunal.oracle.tasks.task import task_class
+from tribunal.oracle.scoring import constancy, exact, fuzzy, said_choice
 
 RIVALS = ("majority", "text_only", "shuffled", "zeroed")
 """What can be said without reading the activations. The linear probe reads them too: it stands beside, and is no rival."""
@@ -71,7 +70,6 @@ class TaskScores:
         self.answers, self.resamples = answers, resamples
         self.task, self.items = answers.task, answers.items
         self.clusters = resamples.index([item.group for item in self.items])
-        self.kind = task_class(self.task)
         self.classes = sorted({item.target for item in self.items})
         self.labels = np.array([self.classes.index(item.target) for item in self.items], dtype=np.int64)
 
@@ -101,7 +99,7 @@ class TaskScores:
         return self.resamples.estimate(mean, np.array(scores), self.labels, self.clusters)
 
     def _class(self, text: str) -> int:
-        named = named_choice(text, self.items[0].choices, self.kind.synonyms)
+        named = said_choice(self.task, text, self.items[0].choices)
         return self.classes.index(named) if named in self.classes else -1
 
     def controls(self, metric: str) -> dict[str, Estimate]:
