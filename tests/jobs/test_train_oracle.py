@@ -16,7 +16,7 @@ from tribunal.core.errors import ConfigError, LabelError, ModelError, UserError
 from tribunal.core.receipts import RECEIPT, digest, hash_outputs
 from tribunal.core.storage import write_json
 from tribunal.models.loading import load_model
-from tribunal.oracle.settings import read_facts
+from tribunal.oracle.settings import adapter_digest, read_facts
 
 SMALL = (
     "train_oracle.tasks=[carry,random_bit]", "train_oracle.lora={rank: 2, alpha: 4, dropout: 0.1}", "train_oracle.learning_rate=3.e-3",
@@ -37,7 +37,7 @@ def test_stopped_at_any_point_and_resumed_it_publishes_the_same_adapters_and_the
     assert_resume_is_exact(lambda folder: calibrated.job("train_oracle", folder, *SMALL), tmp_path, monkeypatch, points=4, every=False)
 
 
-def test_it_publishes_adapters_that_peft_loads_with_their_card_metrics_audit_and_figure(make):
+def test_it_publishes_adapters_that_peft_loads_each_with_a_card_that_is_true_of_it_and_metrics_audit_and_figure(make):
     untouched = load_model(make().experiment.model).model
     ids = torch.arange(3, 20)[None]
     plain = untouched(ids).logits
@@ -53,6 +53,14 @@ def test_it_publishes_adapters_that_peft_loads_with_their_card_metrics_audit_and
         peft.unload()
         card = (folder / "README.md").read_text()
         assert "base_model: builtin:addition" in card and "planted" in card and str(out.parents[2]) not in card
+    cards = {folder.name: (folder / "README.md").read_text() for folder in folders}
+    for name, steps in {"adapter": facts.best_step, "step-000002": 2, "step-000004": 4}.items():
+        assert f"This is step {steps} of 4" in cards[name] and f"Trained for {steps} steps, of a schedule of 4," in cards[name]
+        assert "Vectors go in at the output of block 1" in cards[name]
+        assert ("the best by validation" in cards[name]) == (steps == facts.best_step)
+    control = cards["text_only"]
+    assert "without any\nactivation: nothing is put in" in control and "Trained for 2 steps, of a schedule of 2," in control
+    assert not any(word in control for word in ("Vectors go in", "validation", "injection"))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [(row["run"], row["step"]) for row in rows] == [("oracle", i) for i in range(1, 5)] + [("text_only", 1), ("text_only", 2)]
     assert [row["step"] for row in rows if "validation" in row] == [2, 4]
@@ -68,6 +76,8 @@ def test_an_oracle_goes_on_from_a_published_adapter(make, tmp_path):
         lambda: make(f"train_oracle.start_from={folder / 'adapter'}", "train_oracle.steps=2", "train_oracle.text_only_steps=0")
     )
     config = json.loads((make().results / "adapter" / "adapter_config.json").read_text())
+    card = (make().results / "adapter" / "README.md").read_text()
+    assert f"from the adapter {adapter_digest(str(folder / 'adapter'))};" in card and str(tmp_path) not in card
     assert config["r"] == 2 and not (make().results / "text_only").exists() and receipt["config"]["train_oracle"]["start_from"]
 
 

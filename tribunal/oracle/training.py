@@ -44,6 +44,7 @@ from tribunal.oracle import figures
 from tribunal.oracle.activations import ActivationSource
 from tribunal.oracle.answering import Answerer, Asked
 from tribunal.oracle.audit import LabelAudit, audit_examples
+from tribunal.oracle.cards import control_card, oracle_card
 from tribunal.oracle.corpus import Corpus
 from tribunal.oracle.examples import Example
 from tribunal.oracle.prompts import OraclePrompts
@@ -145,7 +146,9 @@ class OracleTraining:
                 "set a multiple, or another number of GPUs"
             )
         if self.settings.shard and world == 1:
-            raise ConfigError("train_oracle.shard: the GPUs of a job share the weights, and this is one process; set slurm.gpus, or leave it out")
+            raise ConfigError(
+                "train_oracle.shard: the GPUs of a job share the weights, and this is one process; set slurm.gpus, or leave it out"
+            )
 
     @property
     def steps(self) -> int:
@@ -318,13 +321,13 @@ def publish(training: OracleTraining, out: Path, *, oracle: Path, text_only: Pat
     write_json(out / "audit.json", training.audit.as_json())
     config = portable_config(oracle, loaded.name, loaded.revision)
     by_step = {row["step"]: row["tasks"] for row in validation}
-    write = partial(_adapter, config, training, facts)
-    write(best_weights(oracle), out / ADAPTER, f"step {facts.best_step} of {facts.steps}, the best by validation", best["tasks"])
+    published = {out / ADAPTER: (best_weights(oracle), oracle_card(settings, facts, facts.best_step, best["tasks"]))}
     for step, weights in kept.items():
-        write(weights, facts.adapter(out, step), f"step {step} of {facts.steps}", by_step.get(step, {}))
+        published[facts.adapter(out, step)] = weights, oracle_card(settings, facts, step, by_step.get(step, {}))
     if text_only is not None:
-        what = f"the control text_only: {facts.text_only_steps} steps on the questions without any activation"
-        write(text_only / WEIGHTS, out / TEXT_ONLY, what, {})
+        published[out / TEXT_ONLY] = text_only / WEIGHTS, control_card(settings, facts)
+    for folder, (weights, card) in published.items():
+        publish_adapter(weights, config, folder, card)
     judged = {row["step"]: {key: row[key] for key in ("score", "loss", "tasks")} for row in validation}
     write_jsonl(out / "metrics.jsonl", (_metrics(row, training.steps, judged) for row in rows))
     figures.training(rows, validation, training.steps, out / figures.TRAINING, title=f"{experiment}: training of the activation oracle")
@@ -336,39 +339,6 @@ def _metrics(row: Json, steps: int, judged: Mapping[int, Json]) -> Json:
     numbers = {name: value for name, value in row.items() if name != "epoch"}  # of the Trainer's one pass over the steps
     found = {**numbers, "run": RUNS[later], "step": row["step"] - steps * later}
     return {**found, "validation": judged[row["step"]]} if not later and row["step"] in judged else found
-
-
-def _adapter(config: Json, training: OracleTraining, facts: OracleFacts, weights: Path, out: Path, what: str, scores: Json) -> None:
-    publish_adapter(weights, config, out, _card(training, facts, what, scores))
-
-
-def _card(training: OracleTraining, facts: OracleFacts, what: str, scores: Json) -> str:
-    """The model card of an adapter; ``scores`` are its own on the validation examples, by task."""
-    model, settings, injection = facts.model, training.settings, facts.injection
-    shown = {task: f"{scores[task]['score']:.3f} (n = {scores[task]['n']})" if task in scores else "" for task in facts.tasks}
-    lines = [f"| {task} | {facts.counts[task]['train']} | {shown[task]} |" for task in facts.tasks]
-    term = "h + " if injection["mode"] == "add" else ""
-    vector = "|h| v/|v|" if injection["norm_matched"] else "v"
-    planted = "\nThe model's signals are planted by its own training: a positive control, not evidence about reasoning models.\n"
-    head = f"---\nbase_model: {model['name']}\nlibrary_name: peft\ntags: [activation-oracle, lora]\n---\n"
-    return f"""{head}# Activation oracle
-
-A LoRA adapter with which {model["name"]} (revision {model["revision"]}) answers questions about its own activations.
-This is {what}.
-{planted if facts.planted else ""}
-Vectors go in at the output of block {injection["layer"]} (0-based), one at each placeholder token {facts.placeholder!r}:
-h' = {term}{injection["scale"]:g} {vector}, in the prompt's pass only. They are read with the adapter off.
-
-| task | training examples | score on validation problems |
-|---|---|---|
-{chr(10).join(lines)}
-
-Trained for {facts.steps} steps of {settings.batch_size} examples, learning rate {settings.learning_rate:g} ({settings.schedule}),
-{settings.warmup:.0%} warm-up, seed {facts.seed}. The score is the share of right answers (fuzzy); evaluate_oracle gives
-numbers with intervals and controls.
-
-Load it with `PeftModel.from_pretrained(model, folder)`; the injection is not part of the file.
-"""
 
 
 def refuse(settings: OracleSettings, n_layers: int, where: str) -> None:
