@@ -47,7 +47,8 @@ def test_what_the_activations_hold_is_read_and_a_coin_is_not_and_the_verdict_say
     carry, coin = rows["carry, exact match"], rows["random_bit, exact match"]
     assert {control.name for control in carry.controls} == {"majority", "text_only", "shuffled", "zeroed", "linear_probe"}
     assert all(carry.low > control.high for control in carry.controls if control.name != "linear_probe")
-    assert coin.low < max(control.value for control in coin.controls)
+    assert coin.low <= 0.5 <= coin.high and rows["random_bit, AUROC"].low <= 0.5 <= rows["random_bit, AUROC"].high
+    assert coin.gain.low <= 0 and all(control.low <= 0.5 <= control.high for control in coin.controls)
     assert report.details["tasks"]["carry"]["reads_activations"] and not report.details["tasks"]["random_bit"]["reads_activations"]
     assert report.verdict.startswith("Read from the activations: carry ")
     assert "random_bit: reads the prompt, not the activations" in report.verdict and "planted" in report.verdict
@@ -80,7 +81,8 @@ def test_a_published_adapter_answers_the_same_questions_and_another_content_is_a
     rows = {row.name: row for row in read_report(job.results / "report.json").rows}
     ours, theirs = rows["carry, exact match"], rows[f"carry, exact match, adapter {published}"]
     assert (theirs.value, theirs.low, theirs.high) == (ours.value, ours.low, ours.high), "a copy of the oracle is the oracle"
-    assert {control.name for control in theirs.controls} == {"majority", "text_only", "linear_probe"}
+    assert theirs.controls == ours.controls
+    assert f"Adapter {published}: read from the activations: carry " in read_report(job.results / "report.json").verdict
     (published / "adapter_config.json").write_text((published / "adapter_config.json").read_text() + " ")
     assert trained(tmp_path, asked).fingerprint() != before
 

@@ -204,11 +204,11 @@ def test_an_oracle_is_judged_without_an_earlier_checkpoint_but_not_without_a_con
     assert run(job("train_oracle"), quiet=True) == FINISHED
     made = job("evaluate_oracle")
     plan = made.evaluation.plan()
-    earlier = next(unit for unit in plan if unit.step is not None)
+    earlier = next(unit for unit in plan if unit.who.step is not None)
     finish(made, [earlier.key])
     report, _ = published(made)
-    assert not [row for row in report.rows if row.name.startswith(f"{earlier.task}, ") and row.name.endswith(f"step {earlier.step}")]
-    assert [row for row in report.rows if row.name.endswith(f"step {earlier.step}")], "the other task's answers stay"
+    assert not [row for row in report.rows if row.name.startswith(f"{earlier.task}, ") and row.name.endswith(f"step {earlier.who.step}")]
+    assert [row for row in report.rows if row.name.endswith(f"step {earlier.who.step}")], "the other task's answers stay"
     shutil.rmtree(made.results)
     control = next(unit for unit in plan if unit.condition == "shuffled")
     with pytest.raises(DataError, match=f"^evaluate_oracle: the answers of shuffled to {control.task} ended the process .* reported$"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from tests.oracle.helpers import BUILTIN, example
 from tribunal.core.errors import DataError
 from tribunal.models.loading import load_model
-from tribunal.oracle.evaluation import OracleEvaluation
+from tribunal.oracle.evaluation import BEST, CONDITIONS, OracleEvaluation, Who
 from tribunal.oracle.examples import Example
 from tribunal.oracle.prompts import OraclePrompts
 from tribunal.oracle.settings import OracleFacts
@@ -72,3 +73,17 @@ def test_a_task_without_held_out_items_of_two_problems_is_refused_before_anythin
     with pytest.raises(DataError, match=f"^evaluate_oracle: task carry has {found}.*raise examples.test_share") as caught:
         evaluation(items(count))
     assert "\n" not in str(caught.value)
+
+
+def test_every_adapter_is_asked_with_its_own_with_anothers_and_without_activations():
+    asked: dict[Who, list[str]] = {}
+    for unit in evaluation(items()).plan():
+        asked.setdefault(unit.who, []).append(unit.condition)
+    others = {Who(step=4): list(CONDITIONS), Who(adapter="their/adapter"): list(CONDITIONS)}
+    assert asked == {BEST: ["linear_probe", *CONDITIONS, "text_only"], **others}
+
+
+def test_the_majoritys_log_odds_are_the_shares_of_the_training_targets():
+    learned = [example(key=f"carry/t/0/{n}", target="1" if n < 29 else "0", choices=CHOICES) for n in range(38)]
+    answer = evaluation([*items(), *learned]).majority("carry")
+    assert answer.text == "1" and answer.odds == pytest.approx(math.log(30 / 10))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, roc_auc_score
 
 from tests.oracle.helpers import example
 from tribunal.core.reports import faults
 from tribunal.core.stats import Resamples
+from tribunal.oracle.evaluation import BEST, Who
 from tribunal.oracle.probe import ProbeAnswer
 from tribunal.oracle.verdict import PROMPT_ONLY, TaskAnswers, TaskScores, macro_f1, make_report, mean
 
@@ -22,20 +23,20 @@ COIN = [ProbeAnswer(str(RNG.integers(2)), float(RNG.normal())) for _ in ITEMS]
 ONES = [ProbeAnswer("1", None)] * len(ITEMS)
 
 
-def scores(oracle, **said) -> TaskScores:
+def scores(oracle, *, who: Who = BEST, **said) -> TaskScores:
     everything = {"oracle": oracle, "majority": ONES, "text_only": COIN, "shuffled": COIN, "zeroed": ONES, "linear_probe": RIGHT, **said}
-    resamples = Resamples(sorted({item.problem_id for item in ITEMS}), 200, 0)
-    return TaskScores(TaskAnswers("carry", ITEMS, everything, {50: COIN}, {}, ("0", "1")), resamples)
+    resamples = Resamples(sorted({item.group for item in ITEMS}), 200, 0)
+    return TaskScores(TaskAnswers("carry", ITEMS, everything, ("0", "1"), who), resamples)
 
 
 def test_a_problem_and_its_hinted_twins_are_resampled_together():
     twins = [item.model_copy(update={"group": f"g{n // 8:02}"}) for n, item in enumerate(ITEMS)]  # two problem ids in each group
     resamples = Resamples(sorted({item.group for item in twins}), 200, 0)
-    task = TaskScores(TaskAnswers("carry", twins, {"oracle": COIN, "majority": ONES}, {}, {}, ("0", "1")), resamples)
+    task = TaskScores(TaskAnswers("carry", twins, {"oracle": COIN, "majority": ONES}, ("0", "1")), resamples)
     right = np.array([answer.text == item.target for answer, item in zip(COIN, twins)], dtype=float)
     by_group = np.array([right[start : start + 8].mean() for start in range(0, len(twins), 8)])
     expected = [np.average(by_group, weights=counts) for counts in resamples.counts_RG]
-    assert task.estimate("exact_match", COIN).draws == pytest.approx(expected) and task.details()["problems"] == 20
+    assert task.estimate("exact_match", "oracle").draws == pytest.approx(expected) and task.details()["problems"] == 20
 
 
 def report(*tasks: TaskScores, planted: bool = False):
@@ -64,15 +65,13 @@ def test_macro_f1_is_scikit_learns_under_any_weights():
 def test_macro_f1_of_yes_and_no_reads_answers_as_the_fuzzy_match_does():
     items = [example("correctness", key=f"k{n}", target=("yes", "no")[n % 2], choices=["yes", "no"], split="test") for n in range(40)]
     said = [ProbeAnswer({"yes": "Yes, it is not wrong.", "no": "No, it is not."}[item.target], None) for item in items]
-    task = TaskScores(
-        TaskAnswers("correctness", items, {"oracle": said, "majority": said}, {}, {}, ("no", "yes")), Resamples(["p"], 100, 0)
-    )
-    assert task.estimate("macro_f1", said).value == task.estimate("fuzzy_match", said).value == 1
+    task = TaskScores(TaskAnswers("correctness", items, {"oracle": said}, ("no", "yes")), Resamples(["p"], 100, 0))
+    assert task.estimate("macro_f1", "oracle").value == task.estimate("fuzzy_match", "oracle").value == 1
 
 
 def test_an_oracle_that_is_right_where_its_controls_guess_reads_the_activations():
     task = scores(RIGHT)
-    assert task.unbeaten == [] and task.apart and task.constant is None
+    assert task.read_by == "exact_match" and task.apart and not task.constancy.constant
     made = report(task)
     assert made.verdict.startswith("Read from the activations: carry 1.000 [1.000, 1.000] (best control: ")
     assert not faults(made)
@@ -81,7 +80,7 @@ def test_an_oracle_that_is_right_where_its_controls_guess_reads_the_activations(
 
 def test_an_oracle_that_a_control_equals_reads_the_prompt_and_that_is_said():
     task = scores(RIGHT, text_only=RIGHT)
-    assert task.unbeaten == ["text_only"] and not task.apart
+    assert task.read_by is None and task.unbeaten("exact_match") == ["text_only"] and not task.apart
     assert f"carry: {PROMPT_ONLY} (1.000 [1.000, 1.000], not above text_only)" in report(task).verdict
     assert "No task is read from the activations" in report(task).verdict
     assert "planted" in report(task, planted=True).verdict and "planted" not in report(task).verdict
@@ -89,15 +88,66 @@ def test_an_oracle_that_a_control_equals_reads_the_prompt_and_that_is_said():
 
 def test_an_oracle_that_always_says_the_same_is_named():
     task = scores([ProbeAnswer("1", 1.0)] * len(ITEMS))
-    assert task.constant == "1" and "answers '1' to nearly everything" in report(task).verdict
+    assert task.constancy.constant and "answers '1' to nearly everything" in report(task).verdict
 
 
-def test_rows_of_another_checkpoint_stand_beside_the_controls_that_do_not_depend_on_it():
-    rows = {row.name: row for row in report(scores(RIGHT)).rows}
-    assert {control.name for control in rows["carry, exact match, step 50"].controls} == {"majority", "text_only", "linear_probe"}
-    assert {"carry, exact match", "carry, fuzzy match", "carry, macro-F1", "carry, AUROC", "carry, ECE"} <= set(rows)
-    steps = report(scores(RIGHT)).details["steps"]
-    assert [(row["step"], row["best"]) for row in steps] == [(50, False), (100, True)]
+def test_log_odds_that_separate_behind_words_that_do_not_are_never_called_reading_the_prompt():
+    biased = [ProbeAnswer("1", (5.0 if item.target == "1" else 3.0) + float(RNG.normal()) * 0.6) for item in ITEMS]
+    task = scores(biased)
+    truth = [item.target == "1" for item in ITEMS]
+    said = report(task).verdict
+    value = roc_auc_score(truth, [answer.odds for answer in biased])
+    assert 0.97 < value < 1 and task.read_by == "auroc" and task.details()["reads_activations"]
+    assert f"carry: its words do not use what its log-odds separate (AUROC {value:.3f} [0." in said and "; exact match 0." in said
+    assert "not above majority" in said and "'1' to nearly everything" in said and PROMPT_ONLY not in said
+    assert said.startswith("No task is read from the activations in words. ")
+    for rival in ("text_only", "shuffled", "zeroed"):
+        assert PROMPT_ONLY in report(scores(biased, **{rival: biased})).verdict, "log-odds that a control has too show nothing"
+
+
+def test_right_answers_in_other_words_than_the_targets_are_read_from_the_activations():
+    task = scores([ProbeAnswer(f"It is {item.target}.", None) for item in ITEMS])
+    assert task.read_by == "fuzzy_match"
+    assert "carry: right in other words than the target's (fuzzy match 1.000 [1.000, 1.000], " in report(task).verdict
+    assert "exact match 0.000 [0.000, 0.000], not above majority" in report(task).verdict
+
+
+def test_a_published_adapter_is_judged_by_the_rules_of_the_best_checkpoint_in_a_sentence_of_its_own():
+    theirs, parrot, deaf = (Who(adapter=name) for name in ("their/adapter", "a/parrot", "deaf"))
+    made = report(
+        scores(RIGHT),
+        scores(RIGHT, who=theirs),
+        scores([ProbeAnswer("1", 0.0)] * len(ITEMS), who=parrot),
+        scores(RIGHT, who=deaf, shuffled=RIGHT),
+        scores(COIN, who=Who(step=50)),
+    )
+    parts = made.verdict.split(". ")
+    assert [part.partition(": ")[0] for part in parts if part.startswith("Adapter")] == [
+        "Adapter their/adapter",
+        "Adapter a/parrot",
+        "Adapter deaf",
+    ]
+    sentences = dict(part.removeprefix("Adapter ").split(": ", 1) for part in parts if part.startswith("Adapter"))
+    assert sentences["their/adapter"].startswith("read from the activations: carry 1.000 [1.000, 1.000] (best control: ")
+    assert PROMPT_ONLY in sentences["a/parrot"] and "answers '1' to nearly everything" in sentences["a/parrot"]
+    assert f"carry: {PROMPT_ONLY} (1.000 [1.000, 1.000], not above shuffled)" in sentences["deaf"]
+    assert {name: row["carry"]["reads_activations"] for name, row in made.details["adapters"].items()} == {
+        "their/adapter": True,
+        "a/parrot": False,
+        "deaf": False,
+    }
+
+
+def test_every_adapters_rows_have_all_controls_and_only_the_best_checkpoint_has_a_row_for_each_metric():
+    made = report(scores(COIN, who=Who(step=50)), scores(RIGHT), scores(RIGHT, who=Who(adapter="x")))
+    assert [row.name for row in made.rows] == [
+        *(f"carry, {metric}" for metric in ("exact match", "fuzzy match", "macro-F1", "AUROC", "ECE")),
+        *(f"carry, {metric}, adapter x" for metric in ("exact match", "fuzzy match", "AUROC")),
+        "carry, exact match, step 50",
+    ]
+    every = {"majority", "text_only", "shuffled", "zeroed", "linear_probe"}
+    assert all({control.name for control in row.controls} == every for row in made.rows if row.metric == "exact_match")
+    assert [(row["step"], row["best"]) for row in made.details["steps"]] == [(50, False), (100, True)]
 
 
 def test_controls_without_log_odds_have_no_auroc_and_the_row_says_nothing_of_them():

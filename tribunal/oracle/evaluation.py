@@ -1,13 +1,14 @@
 """What a trained oracle reads: its answers on held-out problems beside those of every control, and the verdict in words.
 
-Conditions under which a question is put:
+Conditions under which a question is put, the first three to every adapter (the best checkpoint, other kept ones, published ones):
 
 * ``oracle``: its own activations.
 * ``shuffled``: the activations of another problem's item of the same task.
 * ``zeroed``: the same prompt, placeholders included, and nothing injected.
 * ``text_only``: that prompt to an adapter that was trained as long on such prompts and never saw an activation.
 
-``majority`` is the most frequent target of the training examples; ``linear_probe`` is fitted on the same activations and split.
+``majority`` is the most frequent target of the training examples, of two answers with their shares as log-odds; ``linear_probe``
+is fitted on the same activations and split.
 """
 
 from __future__ import annotations
@@ -37,26 +38,44 @@ from tribunal.oracle.tasks.task import task_class
 from tribunal.oracle.training import spread
 from tribunal.oracle.vectors import VectorLayout, Vectors
 
-CONDITIONS = ("oracle", "shuffled", "zeroed", "text_only")
+CONDITIONS = ("oracle", "shuffled", "zeroed")
+"""Under which each adapter is asked."""
 PROBE_ITEMS = 4000
 """Training examples of one task that its linear probe is fitted on, at most."""
+
+
+class Who(NamedTuple):
+    """The adapter that answers: the best checkpoint, unless another step or a published adapter is named."""
+
+    step: int | None = None
+    adapter: str | None = None
+
+    @property
+    def name(self) -> str:
+        """In rows and items; empty for the best checkpoint."""
+        return f"step {self.step}" if self.step is not None else f"adapter {self.adapter}" if self.adapter is not None else ""
+
+    @property
+    def key(self) -> str:
+        if self.adapter is not None:
+            return f"adapter-{sha256_json(self.adapter)[:16]}"
+        return "best" if self.step is None else f"step-{self.step:06d}"
+
+
+BEST = Who()
 
 
 class Unit(NamedTuple):
     """One durable piece: the answers to some items of one task under one condition."""
 
     task: str
-    condition: str  # or "linear_probe", which answers all items at once
+    condition: str  # or "text_only", or "linear_probe", which answers all items at once
     chunk: int = 0  # of items
-    step: int | None = None  # of a kept checkpoint; None: the best one
-    adapter: str | None = None  # a published one that is asked instead
+    who: Who = BEST
 
     @property
     def key(self) -> str:
-        who = "best" if self.step is None else f"step-{self.step:06d}"
-        if self.adapter is not None:
-            who = f"adapter-{sha256_json(self.adapter)[:16]}"
-        return f"{who}/{self.condition}/{self.task}/{self.chunk:05d}"
+        return f"{self.who.key}/{self.condition}/{self.task}/{self.chunk:05d}"
 
 
 class OracleEvaluation:
@@ -95,11 +114,18 @@ class OracleEvaluation:
         self.items = {task: spread([e for e in test if e.task == task], items_per_task) for task in facts.tasks}
         for task, items in self.items.items():
             _require_two_problems(task, items)
-        self._on_model: tuple[str, int | None, str | None] | None = None
+        self._on_model: tuple[str, Who] | None = None
 
-    @cached_property
+    @property
     def conditions(self) -> tuple[str, ...]:
-        return tuple(name for name in CONDITIONS if name != TEXT_ONLY or self.facts.text_only_steps)
+        """Of the best checkpoint, the control that was trained beside it among them."""
+        return (*CONDITIONS, TEXT_ONLY) if self.facts.text_only_steps else CONDITIONS
+
+    @property
+    def others(self) -> list[Who]:
+        """The adapters that are asked besides the best checkpoint."""
+        steps = [Who(step=step) for step in self.steps if step != self.facts.best_step]
+        return steps + [Who(adapter=adapter) for adapter in self.published]
 
     @cached_property
     def probed(self) -> dict[str, tuple[list[Example], list[Example]]]:
@@ -121,22 +147,16 @@ class OracleEvaluation:
 
     def plan(self) -> list[Unit]:
         """Every unit in order: probes first, then adapter by adapter."""
-        asked: list[tuple[str, int | None, str | None]] = [(condition, None, None) for condition in self.conditions]
-        asked += [("oracle", step, None) for step in self.other_steps]
-        asked += [("oracle", None, adapter) for adapter in self.published]
+        asked = [(condition, BEST) for condition in self.conditions]
+        asked += [(condition, who) for who in self.others for condition in CONDITIONS]
         return [unit for task in self.probed for unit in self.units(task, "linear_probe")] + [
-            unit for who in asked for task in self.items for unit in self.units(task, *who)
+            unit for condition, who in asked for task in self.items for unit in self.units(task, condition, who)
         ]
 
-    def units(self, task: str, condition: str, step: int | None = None, adapter: str | None = None) -> list[Unit]:
+    def units(self, task: str, condition: str, who: Who = BEST) -> list[Unit]:
         """The units that hold a task's answers under one condition, in the items' order."""
         chunks = 1 if condition == "linear_probe" else -(-len(self.items[task]) // self.chunk)
-        return [Unit(task, condition, chunk, step, adapter) for chunk in range(chunks)]
-
-    @property
-    def other_steps(self) -> list[int]:
-        """The kept checkpoints that are asked besides the best."""
-        return [step for step in self.steps if step != self.facts.best_step]
+        return [Unit(task, condition, chunk, who) for chunk in range(chunks)]
 
     def write_vectors(self, number: int, path: Path) -> Json:
         """Write one file of vectors; returns its record."""
@@ -170,10 +190,11 @@ class OracleEvaluation:
         others = [other for other in self.items[item.task] if other.group != item.group]
         return others[int(rng_of(self.seed, "shuffled", item.key).integers(len(others)))]
 
-    def majority(self, task: str) -> str:
-        """The most frequent target of the task's training examples."""
+    def majority(self, task: str) -> ProbeAnswer:
+        """The most frequent target of the task's training examples; of two answers with the log-odds of their shares."""
         counts = Counter(e.target for e in self.corpus.examples if e.task == task and e.split == "train")
-        return min(counts, key=lambda target: (-counts[target], target))
+        odds = float(np.log((counts[pair[1]] + 1) / (counts[pair[0]] + 1))) if (pair := self.pair(task)) else None
+        return ProbeAnswer(min(counts, key=lambda target: (-counts[target], target)), odds)
 
     def _asked(self, item: Example, condition: str, vectors: Vectors) -> Asked:
         if condition in ("zeroed", TEXT_ONLY):
@@ -186,21 +207,19 @@ class OracleEvaluation:
 
     def _put_on(self, unit: Unit) -> None:
         """Put the adapter that answers onto the model, unless it is there."""
-        wanted = (TEXT_ONLY if unit.condition == TEXT_ONLY else ADAPTER), unit.step, unit.adapter
+        who, wanted = unit.who, ((TEXT_ONLY if unit.condition == TEXT_ONLY else ADAPTER), unit.who)
         if self._on_model == wanted:
             return
-        if unit.adapter is not None:
-            folder = find_adapter(unit.adapter)
+        if who.adapter is not None:
+            folder = find_adapter(who.adapter)
         else:
-            folder = self.folder / wanted[0] if unit.step is None else self.facts.adapter(self.folder, unit.step)
+            folder = self.folder / wanted[0] if who.step is None else self.facts.adapter(self.folder, who.step)
         load_adapter(self.loaded, folder).eval()
         self._on_model = wanted
 
-    def answers(
-        self, records: Mapping[str, Json], task: str, condition: str, step: int | None = None, adapter: str | None = None
-    ) -> list[ProbeAnswer] | None:
+    def answers(self, records: Mapping[str, Json], task: str, condition: str, who: Who = BEST) -> list[ProbeAnswer] | None:
         """The answers to a task's items, in their order; None where a unit of them was set aside."""
-        units = self.units(task, condition, step, adapter)
+        units = self.units(task, condition, who)
         if any(unit.key not in records for unit in units):
             return None
         return [ProbeAnswer(*answer) for unit in units for answer in records[unit.key]["answers"]]

@@ -11,10 +11,19 @@ from tribunal.core.stats import Resamples
 from tribunal.core.storage import write_jsonl
 from tribunal.core.work import Json
 from tribunal.oracle import figures
-from tribunal.oracle.evaluation import PROBE_ITEMS, OracleEvaluation
+from tribunal.oracle.evaluation import BEST, CONDITIONS, PROBE_ITEMS, OracleEvaluation, Who
 from tribunal.oracle.probe import ProbeAnswer
 from tribunal.oracle.scoring import exact, fuzzy
 from tribunal.oracle.verdict import TaskAnswers, TaskScores, make_report
+
+CONTROLS = {
+    "majority": "the most frequent target of the training examples, and of two answers their shares as log-odds",
+    "text_only": "an adapter trained on and asked the same prompts, placeholders included, with nothing injected",
+    "shuffled": "the same adapter with the activations of another problem's item of the same task",
+    "zeroed": "the same adapter asked the same prompts with nothing injected",
+    "linear_probe": "logistic or ridge probe on the same activations and split, one for each set of layers and, on yes/no tasks, for each "
+    f"question where validation likes that better; on at most {PROBE_ITEMS} training examples of a task, evenly spaced",
+}
 
 
 def publish(evaluation: OracleEvaluation, out: Path, *, records: Mapping[str, Json], bootstrap: int, experiment: str) -> None:
@@ -25,18 +34,18 @@ def publish(evaluation: OracleEvaluation, out: Path, *, records: Mapping[str, Js
     Raises:
         DataError: answers of the oracle or of a control are missing.
     """
-    answers = [collect(evaluation, task, records) for task in evaluation.items]
-    problems = {item.group for one in answers for item in one.items}
+    answers = {task: collect(evaluation, task, records) for task in evaluation.items}
+    problems = {item.group for items in evaluation.items.values() for item in items}
     resamples = Resamples(sorted(problems), bootstrap, evaluation.seed)
-    tasks = [TaskScores(one, resamples) for one in answers]
+    scores = [TaskScores(one, resamples) for given in answers.values() for one in given]
     facts = evaluation.facts
     report = make_report(
-        tasks,
+        scores,
         job="evaluate_oracle",
         experiment=experiment,
         planted=facts.planted,
         text_only=bool(facts.text_only_steps),
-        layers=sorted({layer for one in answers for item in one.items for layer in item.layers}),
+        layers=sorted({layer for items in evaluation.items.values() for item in items for layer in item.layers}),
         figure=figures.RESULTS,
         best=facts.best_step,
         details={
@@ -45,48 +54,42 @@ def publish(evaluation: OracleEvaluation, out: Path, *, records: Mapping[str, Js
             "text_only_steps": facts.text_only_steps,
             "bootstrap": bootstrap,
             "planted": facts.planted,
-            "controls": {
-                "majority": "the most frequent target of the training examples",
-                "text_only": "an adapter trained on and asked the same prompts, placeholders included, with nothing injected",
-                "shuffled": "the oracle with the activations of another problem's item of the same task",
-                "zeroed": "the oracle asked the same prompts with nothing injected",
-                "linear_probe": "logistic or ridge probe on the same activations and split, one for each set of layers, on yes/no tasks one "
-                "for each question where validation likes that better; on at most "
-                f"{PROBE_ITEMS} training examples of a task, evenly spaced",
-            },
+            "controls": CONTROLS,
         },
     )
     title = f"{experiment}: what the oracle reads" + ("  (planted signals: a positive control)" if facts.planted else "")
-    figures.results([task.headline for task in tasks], report.details["steps"], out / figures.RESULTS, title=title)
-    write_jsonl(out / "items.jsonl", (row for one in answers for row in item_rows(one)))
+    headlines = [one.headline for one in scores if one.who == BEST]
+    figures.results(headlines, report.details["steps"], out / figures.RESULTS, title=title)
+    write_jsonl(out / "items.jsonl", (row for given in answers.values() for row in item_rows(given)))
     write_report(out, report)
 
 
-def collect(evaluation: OracleEvaluation, task: str, records: Mapping[str, Json]) -> TaskAnswers:
-    """All that was said to a task's items."""
-    items = evaluation.items[task]
-    conditions = [*evaluation.conditions, *(["linear_probe"] if task in evaluation.probed else [])]
+def collect(evaluation: OracleEvaluation, task: str, records: Mapping[str, Json]) -> list[TaskAnswers]:
+    """All that was said to a task's items, by the best checkpoint first; another adapter needs all of its own controls too."""
+    items, pair = evaluation.items[task], evaluation.pair(task)
     said: dict[str, Sequence[ProbeAnswer]] = {}
-    for condition in conditions:
+    for condition in (*evaluation.conditions, *(["linear_probe"] if task in evaluation.probed else [])):
         found = evaluation.answers(records, task, condition)
         if found is None:
             raise DataError(
                 f"evaluate_oracle: the answers of {condition} to {task} ended the process and were set aside; nothing is reported"
             )
         said[condition] = found
-    said["majority"] = [ProbeAnswer(evaluation.majority(task), None)] * len(items)
-    by_step = {step: found for step in evaluation.other_steps if (found := evaluation.answers(records, task, "oracle", step)) is not None}
-    asked = {adapter: evaluation.answers(records, task, "oracle", adapter=adapter) for adapter in evaluation.published}
-    published = {adapter: found for adapter, found in asked.items() if found is not None}
-    return TaskAnswers(task, items, said, by_step, published, evaluation.pair(task))
+    said["majority"] = [evaluation.majority(task)] * len(items)
+    made = [TaskAnswers(task, items, said, pair)]
+    for who in evaluation.others:
+        own = {name: found for name in CONDITIONS if (found := evaluation.answers(records, task, name, who)) is not None}
+        if len(own) == len(CONDITIONS):
+            made.append(TaskAnswers(task, items, {**said, **own}, pair, who))
+    return made
 
 
-def item_rows(answers: TaskAnswers) -> Iterator[Json]:
-    """A line of items.jsonl for each item: question, target, and what was said under each condition, scored."""
-    for number, item in enumerate(answers.items):
-        said = {name: found[number] for name, found in answers.said.items()}
-        said |= {f"step_{step}": found[number] for step, found in answers.by_step.items()}
-        said |= {f"adapter {adapter}": found[number] for adapter, found in answers.published.items()}
+def item_rows(given: Sequence[TaskAnswers]) -> Iterator[Json]:
+    """A line of items.jsonl for each item: question, target, and what was said by whom under each condition, scored."""
+    best, *others = given
+    everything = {**best.said, **{_condition(one.who, name): one.said[name] for one in others for name in CONDITIONS}}
+    for number, item in enumerate(best.items):
+        said = {name: found[number] for name, found in everything.items()}
         yield {
             "key": item.key,
             "task": item.task,
@@ -103,3 +106,8 @@ def item_rows(answers: TaskAnswers) -> Iterator[Json]:
             "exact": {name: exact(answer.text, item.target) for name, answer in said.items()},
             "fuzzy": {name: fuzzy(item.task, answer.text, item.target, item.choices) for name, answer in said.items()},
         }
+
+
+def _condition(who: Who, name: str) -> str:
+    """Of another adapter than the best checkpoint."""
+    return who.name if name == "oracle" else f"{who.name}, {name}"

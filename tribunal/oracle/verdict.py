@@ -15,14 +15,16 @@ from tribunal.core.records import Report, ReportRow
 from tribunal.core.reports import row as report_row
 from tribunal.core.stats import Estimate, Floats, Resamples
 from tribunal.core.work import Json
+from tribunal.oracle.evaluation import BEST, Who
 from tribunal.oracle.examples import Example
 from tribunal.oracle.probe import ProbeAnswer
-from tribunal.oracle.scoring import constancy, exact, fuzzy, said_choice
+from tribunal.oracle.scoring import Constancy, constancy, exact, fuzzy, said_choice
 
 RIVALS = ("majority", "text_only", "shuffled", "zeroed")
 """What can be said without reading the activations. The linear probe reads them too: it stands beside, and is no rival."""
 PROMPT_ONLY = "reads the prompt, not the activations"
-SHORT = "exact_match"
+EXACT, FUZZY, AUROC = "exact_match", "fuzzy_match", "auroc"
+WORDS = {EXACT: "exact match", FUZZY: "fuzzy match", "macro_f1": "macro-F1", AUROC: "AUROC", "ece": "ECE"}
 
 
 def mean(scores_N: Floats, labels_N: NDArray[np.int64], weights_RN: Floats) -> Floats:
@@ -49,50 +51,57 @@ class TaskAnswers:
     """One task's items and what was said to each.
 
     Attributes:
-        said: answers by condition or control; ``oracle`` is the best checkpoint's.
-        by_step: answers of other kept checkpoints.
-        published: answers of adapters that others made, by folder or hub name.
+        said: answers by condition or control; ``oracle``, ``shuffled`` and ``zeroed`` are those of ``who``.
         pair: the two answers of a task that has two, the positive one last.
     """
 
     task: str
     items: Sequence[Example]
     said: Mapping[str, Sequence[ProbeAnswer]]
-    by_step: Mapping[int, Sequence[ProbeAnswer]]
-    published: Mapping[str, Sequence[ProbeAnswer]]
     pair: tuple[str, str] | None
+    who: Who = BEST
 
 
 class TaskScores:
-    """The numbers of one task."""
+    """The numbers of one adapter on one task."""
 
     def __init__(self, answers: TaskAnswers, resamples: Resamples) -> None:
         self.answers, self.resamples = answers, resamples
-        self.task, self.items = answers.task, answers.items
+        self.task, self.items, self.who = answers.task, answers.items, answers.who
         self.clusters = resamples.index([item.group for item in self.items])
         self.classes = sorted({item.target for item in self.items})
         self.labels = np.array([self.classes.index(item.target) for item in self.items], dtype=np.int64)
+        self._estimates: dict[tuple[str, str], Estimate] = {}
 
     @property
     def metrics(self) -> list[str]:
         closed = ["macro_f1"] if self.items[0].choices else []
-        return [SHORT, "fuzzy_match", *closed, *(["auroc", "ece"] if self.answers.pair and len(self.classes) == 2 else [])]
+        return [EXACT, FUZZY, *closed, *([AUROC, "ece"] if self.answers.pair and len(self.classes) == 2 else [])]
 
-    def estimate(self, metric: str, answers: Sequence[ProbeAnswer]) -> Estimate:
-        """A metric of some answers to the items; NaN where they cannot have it."""
-        unknown = Estimate(float("nan"), np.full(len(self.resamples.counts_RG), np.nan))
-        if metric in ("auroc", "ece"):
+    @property
+    def judged_by(self) -> list[str]:
+        """What can show that the activations are read, in this order: exact words (free text has none), other words, log-odds."""
+        return [metric for metric in self.metrics if metric in ((EXACT, FUZZY, AUROC) if self.items[0].choices else (FUZZY,))]
+
+    def estimate(self, metric: str, condition: str) -> Estimate:
+        """A metric of what was said under a condition; NaN where it cannot have it."""
+        if (metric, condition) not in self._estimates:
+            self._estimates[metric, condition] = self._estimate(metric, self.answers.said[condition])
+        return self._estimates[metric, condition]
+
+    def _estimate(self, metric: str, answers: Sequence[ProbeAnswer]) -> Estimate:
+        if metric in (AUROC, "ece"):
             assert self.answers.pair is not None
             odds = [answer.odds for answer in answers]
             if any(value is None for value in odds):
-                return unknown
+                return Estimate(float("nan"), np.full(len(self.resamples.counts_RG), np.nan))
             positive = np.array([item.target == self.answers.pair[1] for item in self.items], dtype=np.int64)
             return self.resamples.estimate(stats.METRICS[metric], np.array(odds, dtype=float), positive, self.clusters)
         if metric == "macro_f1":
             said = np.array([self._class(answer.text) for answer in answers], dtype=float)
             return self.resamples.estimate(macro_f1, said, self.labels, self.clusters)
         pairs = zip(answers, self.items)
-        if metric == SHORT:
+        if metric == EXACT:
             scores = [float(exact(answer.text, item.target)) for answer, item in pairs]
         else:
             scores = [fuzzy(self.task, answer.text, item.target, item.choices) for answer, item in pairs]
@@ -103,102 +112,93 @@ class TaskScores:
         return self.classes.index(named) if named in self.classes else -1
 
     def controls(self, metric: str) -> dict[str, Estimate]:
-        names = [name for name in (*RIVALS, "linear_probe") if name in self.answers.said]
-        return {name: self.estimate(metric, self.answers.said[name]) for name in names}
+        return {name: self.estimate(metric, name) for name in (*RIVALS, "linear_probe") if name in self.answers.said}
 
     def rows(self) -> list[ReportRow]:
-        """The best checkpoint's metrics, then the exact and fuzzy matches of the others and of published adapters."""
-        found = []
-        for metric in self.metrics:
-            found.append(self._row(f"{self.task}, {_word(metric)}", metric, self.answers.said["oracle"], self.controls(metric)))
-        still = ("majority", "text_only", "linear_probe")  # those that do not depend on the checkpoint
-        others = {f"step {step}": answers for step, answers in self.answers.by_step.items()}
-        others |= {f"adapter {adapter}": answers for adapter, answers in self.answers.published.items()}
-        for name, answers in others.items():
-            for metric in (SHORT, "fuzzy_match"):
-                controls = {name: value for name, value in self.controls(metric).items() if name in still}
-                found.append(self._row(f"{self.task}, {_word(metric)}, {name}", metric, answers, controls))
-        return [row for row in found if row is not None]
+        """Of the best checkpoint every metric, of a published adapter those that judge it, of a kept step the first of them."""
+        metrics = self.metrics if self.who == BEST else self.judged_by if self.who.adapter is not None else self.judged_by[:1]
+        return [self.row(metric) for metric in metrics]
 
-    def _row(self, name: str, metric: str, answers: Sequence[ProbeAnswer], controls: Mapping[str, Estimate]) -> ReportRow | None:
-        estimate = self.estimate(metric, answers)
-        if not estimate.known or not any(control.known for control in controls.values()):
-            return None
-        return report_row(name, metric, estimate, len(self.items), controls=controls, rivals=RIVALS)
+    def row(self, metric: str) -> ReportRow:
+        name = ", ".join(filter(None, (self.task, WORDS[metric], self.who.name)))
+        controls = self.controls(metric)
+        return report_row(name, metric, self.estimate(metric, "oracle"), len(self.items), controls=controls, rivals=RIVALS)
 
     # In words -----------------------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def headline(self) -> ReportRow:
-        """Of the match that the task is judged by: exact for one with choices, fuzzy for free text."""
-        metric = SHORT if self.items[0].choices else "fuzzy_match"
-        found = self._row(f"{self.task}, {_word(metric)}", metric, self.answers.said["oracle"], self.controls(metric))
-        assert found is not None
-        return found
+        """Of the match that the task is judged by first: exact for one with choices, fuzzy for free text."""
+        return self.row(self.judged_by[0])
+
+    def unbeaten(self, metric: str) -> list[str]:
+        """The rivals that the oracle does not beat (95 %, paired), of those that have the metric."""
+        ours, controls = self.estimate(metric, "oracle"), self.controls(metric)
+        known = [name for name in RIVALS if name in controls and controls[name].known]
+        return [name for name in known if not ours.minus(controls[name]).interval[0] > 0]
 
     @cached_property
-    def unbeaten(self) -> list[str]:
-        """The rivals that the oracle does not beat (95 %, paired)."""
-        metric = self.headline.metric
-        ours, controls = self.estimate(metric, self.answers.said["oracle"]), self.controls(metric)
-        return [name for name in RIVALS if name in controls and not ours.minus(controls[name]).interval[0] > 0]
+    def read_by(self) -> str | None:
+        """The first metric by which the oracle beats every rival, so that it reads the activations; None where there is none."""
+        return next((metric for metric in self.judged_by if not self.unbeaten(metric)), None)
 
     @property
     def apart(self) -> bool:
         """Whether the oracle's interval lies above that of every rival."""
-        return all(self.headline.low > control.high for control in self.headline.controls if control.name in RIVALS)
+        headline = self.headline
+        return all(headline.low > control.high for control in headline.controls if control.name in RIVALS)
 
     @cached_property
-    def constant(self) -> str | None:
-        """The answer that the oracle gives to nearly everything, None where it does not."""
-        judged = constancy([answer.text for answer in self.answers.said["oracle"]], [item.target for item in self.items])
-        return judged.answer if judged.constant else None
+    def constancy(self) -> Constancy:
+        return constancy([answer.text for answer in self.answers.said["oracle"]], [item.target for item in self.items])
 
-    @cached_property
+    @property
     def over_linear_probe(self) -> Estimate | None:
         """The oracle's lead over the probe; None for free answers, which no probe gives."""
         if "linear_probe" not in self.answers.said:
             return None
-        metric = self.headline.metric
-        return self.estimate(metric, self.answers.said["oracle"]).minus(self.estimate(metric, self.answers.said["linear_probe"]))
+        metric = self.judged_by[0]
+        return self.estimate(metric, "oracle").minus(self.estimate(metric, "linear_probe"))
 
     def sentence(self) -> str:
         """What this task shows."""
-        row, gain = self.headline, self.headline.gain
-        value = f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
-        over = f"{gain.over} {row.value - gain.value:.3f}" if gain else "no control"
-        said = f"{self.task} {value} (best control: {over})"
-        if self.unbeaten:
-            said = f"{self.task}: {PROMPT_ONLY} ({value}, not above {', '.join(self.unbeaten)})"
-        if self.constant is not None:
-            said += f"; it answers {self.constant!r} to nearly everything"
+        first = self.judged_by[0]
+        missed = f"{self._number(first)}, not above {', '.join(self.unbeaten(first))}"
+        if self.read_by is None:
+            said = f"{self.task}: {PROMPT_ONLY} ({missed})"
+        elif self.read_by == first:
+            said = f"{self.task} {self._number(first)} ({self._best_control(first)})"
+        else:
+            what = "its words do not use what its log-odds separate" if self.read_by == AUROC else "right in other words than the target's"
+            by = f"{WORDS[self.read_by]} {self._number(self.read_by)}, {self._best_control(self.read_by)}"
+            said = f"{self.task}: {what} ({by}; {WORDS[first]} {missed})"
+        if self.constancy.constant:
+            said += f"; it answers {self.constancy.answer!r} to nearly everything"
         return said
 
+    def _number(self, metric: str) -> str:
+        row = self.row(metric)
+        return f"{row.value:.3f} [{row.low:.3f}, {row.high:.3f}]"
+
+    def _best_control(self, metric: str) -> str:
+        row = self.row(metric)
+        return f"best control: {row.gain.over} {row.value - row.gain.value:.3f}" if row.gain else "no control"
+
     def details(self) -> Json:
-        oracle = self.answers.said["oracle"]
-        judged = constancy([answer.text for answer in oracle], [item.target for item in self.items])
         return {
             "n": len(self.items),
             "problems": len(set(self.clusters.tolist())),
-            "reads_activations": not self.unbeaten,
-            "not_above": self.unbeaten,
+            "reads_activations": self.read_by is not None,
+            "read_by": self.read_by,
+            "not_above": self.unbeaten(self.judged_by[0]),
             "intervals_apart": self.apart,
             "over_linear_probe": _span(self.over_linear_probe) if self.over_linear_probe else None,
-            "constancy": judged._asdict(),
+            "constancy": self.constancy._asdict(),
             "positive_answer": self.answers.pair[1] if self.answers.pair else None,
         }
 
-    def by_step(self, best: int) -> list[Json]:
-        """The table step x task, the best checkpoint among them."""
-        answers = {**self.answers.by_step, best: self.answers.said["oracle"]}
-        return [{"step": step, "task": self.task, "best": step == best, **self._scored(said)} for step, said in sorted(answers.items())]
-
-    def _scored(self, answers: Sequence[ProbeAnswer]) -> Json:
-        return {metric: _span(self.estimate(metric, answers)) for metric in self.metrics}
-
-
-def _word(metric: str) -> str:
-    return {"exact_match": "exact match", "fuzzy_match": "fuzzy match", "macro_f1": "macro-F1", "auroc": "AUROC", "ece": "ECE"}[metric]
+    def all_metrics(self) -> Json:
+        return {metric: _span(self.estimate(metric, "oracle")) for metric in self.metrics}
 
 
 def _span(estimate: Estimate) -> dict[str, float]:
@@ -206,24 +206,32 @@ def _span(estimate: Estimate) -> dict[str, float]:
     return {"value": estimate.value, "low": low, "high": high}
 
 
-def verdict(tasks: Sequence[TaskScores], *, planted: bool) -> str:
-    """One or two sentences: what is read from the activations, what is not."""
-    read, unread = [task for task in tasks if not task.unbeaten], [task for task in tasks if task.unbeaten]
-    parts = []
-    if read:
-        parts.append("Read from the activations: " + "; ".join(task.sentence() for task in read))
-        if better := [task.task for task in read if (over := task.over_linear_probe) is not None and over.interval[1] < 0]:
-            parts.append(f"A linear probe on the same activations reads {', '.join(better)} better than the oracle says it")
-    else:
-        parts.append("No task is read from the activations")
-    if unread:
-        parts.append("; ".join(task.sentence() for task in unread))
-    text = ". ".join(parts)
+def verdict(scores: Sequence[TaskScores], *, planted: bool) -> str:
+    """What the best checkpoint reads from the activations and what it does not, then a sentence on each published adapter."""
+    parts = finding([task for task in scores if task.who == BEST])
+    for adapter in dict.fromkeys(task.who.adapter for task in scores if task.who.adapter is not None):
+        found = finding([task for task in scores if task.who.adapter == adapter])
+        parts.append(f"Adapter {adapter}: " + "; ".join(part[0].lower() + part[1:] for part in found))
     if planted:
-        text += (
-            ". The built-in model was trained to write and check these steps: its signals are planted, a positive control for the pipeline"
+        parts.append(
+            "The built-in model was trained to write and check these steps: its signals are planted, a positive control for the pipeline"
         )
-    return f"{text}."
+    return f"{'. '.join(parts)}."
+
+
+def finding(tasks: Sequence[TaskScores]) -> list[str]:
+    """What one adapter shows, in parts."""
+    unspoken = [task for task in tasks if task.read_by == AUROC]
+    said = [task for task in tasks if task.read_by not in (AUROC, None)]
+    if said:
+        parts = ["Read from the activations: " + "; ".join(task.sentence() for task in said)]
+    else:
+        parts = ["No task is read from the activations" + (" in words" if unspoken else "")]
+    if better := [task.task for task in (*said, *unspoken) if (over := task.over_linear_probe) is not None and over.interval[1] < 0]:
+        parts.append(f"A linear probe on the same activations reads {', '.join(better)} better than the oracle says it")
+    if others := [*unspoken, *(task for task in tasks if task.read_by is None)]:
+        parts.append("; ".join(task.sentence() for task in others))
+    return parts
 
 
 def not_supported(tasks: Sequence[TaskScores], *, planted: bool, text_only: bool, layers: Sequence[int]) -> list[str]:
@@ -244,7 +252,7 @@ def not_supported(tasks: Sequence[TaskScores], *, planted: bool, text_only: bool
 
 
 def make_report(
-    tasks: Sequence[TaskScores],
+    scores: Sequence[TaskScores],
     *,
     job: str,
     experiment: str,
@@ -255,16 +263,29 @@ def make_report(
     details: Mapping[str, Any],
     best: int,
 ) -> Report:
+    """Rows and words of all adapters: the best checkpoint's (step ``best``) first, then published ones, then other steps."""
+    tasks = [task for task in scores if task.who == BEST]
+    published = [task for task in scores if task.who.adapter is not None]
+    steps = [task for task in scores if task.who.step is not None]
+    adapters: dict[str, Json] = {}
+    for task in published:
+        adapters.setdefault(str(task.who.adapter), {})[task.task] = task.details()
+    order = [task.task for task in tasks]
+    table = [(order.index(task.task), best if task.who == BEST else task.who.step, task) for task in (*tasks, *steps)]
     return Report(
         job=job,
         experiment=experiment,
-        verdict=verdict(tasks, planted=planted),
+        verdict=verdict(scores, planted=planted),
         not_supported=not_supported(tasks, planted=planted, text_only=text_only, layers=layers),
         figures=[figure],
-        rows=[row for task in tasks for row in task.rows()],
+        rows=[row for task in (*tasks, *published, *steps) for row in task.rows()],
         details={
             **details,
             "tasks": {task.task: task.details() for task in tasks},
-            "steps": [row for task in tasks for row in task.by_step(best)],
+            "adapters": adapters,
+            "steps": [
+                {"step": step, "task": task.task, "best": task.who == BEST, **task.all_metrics()}
+                for _, step, task in sorted(table, key=lambda entry: entry[:2])
+            ],
         },
     )
