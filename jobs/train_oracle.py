@@ -16,7 +16,7 @@ from tribunal.cluster.job import Job, Shard, root
 from tribunal.core.config import Experiment, SlurmJob
 from tribunal.core.storage import Journal, sha256_json
 from tribunal.core.work import Json, Work
-from tribunal.oracle.settings import TEXT_ONLY, OracleSettings, adapter_digest, available
+from tribunal.oracle.settings import TEXT_ONLY, OracleSettings, adapter_digest, available, question_files
 from tribunal.oracle.storage import file_key, written
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class TrainOracle(Job[Config]):
         refuse(self.config, describe_model(self.experiment.model).n_layers, where)
 
     def fingerprint(self) -> Json:
-        values = super().fingerprint()
+        values = super().fingerprint() | {"files": question_files(self.config.examples)}
         if self.config.start_from is not None:
             values["start_from"] = adapter_digest(self.config.start_from)
         return values
@@ -92,7 +92,9 @@ class TrainOracle(Job[Config]):
         journal = self.journal if rank == 0 else Journal(self.state / "journal", writer=f"rank-{rank}.{self.epoch}")
 
         def make(number: int) -> Json:
-            return training.write_vectors(number, self.parts / f"{file_key(number)}.{self.epoch}.safetensors")
+            record = training.write_vectors(number, self.parts / f"{file_key(number)}.{self.epoch}.safetensors")
+            self.receipt_notes |= {"traces_run": training.source.passes, "vectors_from_store": training.source.read}
+            return record
 
         def oracle(output_dir: Path, callbacks: list[Any]) -> Any:
             tracking = {

@@ -14,7 +14,7 @@ from tests.resume import assert_resume_is_exact, undisturbed
 from tribunal.activations.store import META
 from tribunal.core.errors import ConfigError, LabelError, ModelError, UserError
 from tribunal.core.receipts import RECEIPT, digest, hash_outputs
-from tribunal.core.storage import write_json
+from tribunal.core.storage import write_json, write_jsonl
 from tribunal.models.loading import load_model
 from tribunal.oracle.settings import read_facts
 
@@ -93,6 +93,33 @@ def test_bad_settings_are_refused_before_anything_is_loaded(make, overrides, err
     with pytest.raises(error, match=message) as caught:
         make(*overrides).check()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "world", "message"),
+    [
+        ("train_oracle.batch_size=9", "2", r"batch_size: 9 examples in a step cannot be shared equally by 2 processes; set a multiple"),
+        ("train_oracle.shard=true", "1", r"shard: this is one process, which has nobody to share with"),
+    ],
+)
+def test_a_number_of_processes_that_does_not_suit_is_refused_before_anything_is_read(make, monkeypatch, override, world, message):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    job = make(override)
+    with pytest.raises(ConfigError, match=message):
+        job.build()
+    assert not (job.state / "parts").exists()
+
+
+def test_a_question_file_is_known_by_its_content_and_has_to_be_there(make, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    asked = [f"train_oracle.examples={{yes_no: {path}}}", "train_oracle.tasks=[yes_no]"]
+    with pytest.raises(ConfigError, match=r"examples\.yes_no: no such file: .*mine\.jsonl"):
+        make(*asked).fingerprint()
+    found = []
+    for answer in ("yes", "no"):
+        write_jsonl(path, [{"problem_id": "1+1", "question": "Is it?", "answer": answer}])
+        found.append(make(*asked).fingerprint())
+    assert found[0] != found[1] and make().fingerprint()["files"] == {}
 
 
 def test_an_adapter_of_another_model_is_refused_before_any_step(make, tmp_path):

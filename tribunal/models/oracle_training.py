@@ -121,9 +121,7 @@ class SharedFiles:
     ``run`` raises DataError where a file ended the process twice: whatever comes after needs them all.
     """
 
-    def __init__(
-        self, count: int, *, make: Callable[[int], Json], key: Callable[[int], str], journal: Any, device: torch.device
-    ) -> None:
+    def __init__(self, count: int, *, make: Callable[[int], Json], key: Callable[[int], str], journal: Any, device: torch.device) -> None:
         self.count, self.make, self.key, self.journal, self.device = count, make, key, journal, device
 
     def run(self, stop: Stop) -> bool:

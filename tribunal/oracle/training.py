@@ -21,12 +21,11 @@ from tribunal.core.work import Json, Progress, Stop, Work
 from tribunal.models.adapters import (
     WEIGHTS,
     detach,
-    find_adapter,
     load_adapter,
     new_adapter,
     portable_config,
     publish_adapter,
-    require_base,
+    require_fit,
 )
 from tribunal.models.loading import LoadedModel, forget_models, identity
 from tribunal.models.oracle_batches import Injection, Lesson
@@ -98,7 +97,7 @@ class OracleTraining:
             batch_tokens=settings.batch_tokens,
         )
         if settings.start_from is not None:
-            require_base(find_adapter(settings.start_from), loaded)
+            require_fit(loaded, settings.start_from)
         self.audit.require()
 
     @cached_property
@@ -146,7 +145,7 @@ class OracleTraining:
                 "set a multiple, or another number of GPUs"
             )
         if self.settings.shard and world == 1:
-            raise ConfigError("train_oracle.shard: the GPUs of a job share the weights, and this is one process; set slurm.gpus, or leave it out")
+            raise ConfigError("train_oracle.shard: this is one process, which has nobody to share with; set slurm.gpus or leave it out")
 
     @property
     def steps(self) -> int:
@@ -303,6 +302,7 @@ def publish(training: OracleTraining, out: Path, *, oracle: Path, text_only: Pat
         seed=training.seed,
         tasks=settings.tasks,
         examples=settings.examples.model_dump(mode="json"),
+        examples_sha256=training.corpus.digest,
         injection=settings.injection.model_dump(),
         placeholder=training.prompts.placeholder,
         max_new_tokens=settings.max_new_tokens,
