@@ -106,16 +106,16 @@ def test_a_dry_run_prints_graph_and_scripts_and_leaves_nothing_behind(project):
 
 
 def test_an_oracle_gets_a_task_for_each_gpu_and_a_job_of_one_process_stays_one():
-    experiment = load_experiment(HERE.parent / "experiments" / "demo.yaml", ["slurm={gpus: 4}", "slurm.jobs={train_probes: {gpus: 2}}"])
-    tasks = {name: resolve(make_job(name, experiment)).tasks for name in ("train_oracle", "train_probes", "evaluate_oracle")}
-    assert tasks == {"train_oracle": 4, "train_probes": 1, "evaluate_oracle": 1}
+    experiment = load_experiment(HERE.parent / "experiments" / "demo.yaml", ["slurm={gpus: 4}"])
+    tasks = {name: resolve(make_job(name, experiment)).tasks for name in ("train_oracle", "evaluate_oracle")}
+    assert tasks == {"train_oracle": 4, "evaluate_oracle": 1}
 
 
 def test_a_job_of_one_process_that_was_started_as_several_tasks_is_refused(monkeypatch):
-    job = make_job("train_probes", load_experiment(HERE.parent / "experiments" / "demo.yaml"))
+    job = make_job("evaluate_oracle", load_experiment(HERE.parent / "experiments" / "demo.yaml"))
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=r"train_probes: started as 2 tasks, .* --ntasks=1"):
+    with pytest.raises(ConfigError, match=r"evaluate_oracle: started as 2 tasks, .* --ntasks=1"):
         supervise(job, [])
 
 
