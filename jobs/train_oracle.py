@@ -84,6 +84,7 @@ class TrainOracle(Job[Config]):
 
     def build(self) -> Work:
         from tribunal.models.oracle_training import SharedFiles, rank_and_world
+        from tribunal.models.tracking import tracker
         from tribunal.models.training import TrainerWork
         from tribunal.oracle.training import LaterSteps, Phases
 
@@ -97,17 +98,10 @@ class TrainOracle(Job[Config]):
             return record
 
         def oracle(output_dir: Path, callbacks: list[Any]) -> Any:
-            tracking = {
-                "tracker": self.config.tracker,
-                "run_id": sha256_json(self.owner)[:16],
-                "tracking": root() / "tracking" / self.experiment.name,
-            }
-            return training.oracle_trainer(
-                lambda: written(journal, self.parts, len(training.layout.files)),
-                output_dir,
-                callbacks,
-                **(tracking if self.config.tracker else {}),
-            )
+            if self.config.tracker is not None:
+                run_id = f"{self.experiment.name}-{sha256_json(self.owner)[:12]}"
+                callbacks = [*callbacks, tracker(self.config.tracker, run_id, root() / "tracking")]
+            return training.oracle_trainer(lambda: written(journal, self.parts, len(training.layout.files)), output_dir, callbacks)
 
         steps, later = training.steps, training.text_only_steps
         phases: list[Work] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import torch
 from peft import PeftModel
 
 from jobs.train_oracle import TrainOracle
-from tests.resume import assert_resume_is_exact, undisturbed
+from tests.resume import StopAfter, assert_resume_is_exact, undisturbed
 from tribunal.activations.store import META
+from tribunal.cluster.launch import CONTINUE, FINISHED, run
 from tribunal.core.errors import ConfigError, LabelError, ModelError, UserError
 from tribunal.core.receipts import RECEIPT, digest, hash_outputs
 from tribunal.core.storage import write_json, write_jsonl
@@ -71,6 +73,40 @@ def test_an_oracle_goes_on_from_a_published_adapter(make, tmp_path):
     assert config["r"] == 2 and not (make().results / "text_only").exists() and receipt["config"]["train_oracle"]["start_from"]
 
 
+def test_tensorboard_shows_all_generations_as_one_run_with_the_loss_and_each_tasks_score(make, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracked = lambda: make("train_oracle.tracker=tensorboard", "train_oracle.text_only_steps=0")  # noqa: E731
+    stop = StopAfter(5)  # files first, then steps
+    assert run(tracked(), stop=stop, quiet=True) == CONTINUE
+    assert run(tracked(), quiet=True) == FINISHED
+    [folder] = (tmp_path / "tracking").iterdir()
+    files = sorted(folder.iterdir())
+    assert len(files) == 2, "a file for each generation"
+    shown = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in shown.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [event.step for event in shown.Scalars("eval/carry_score")] == [2, 4]
+    assert folder.name.startswith("small-") and "tracker" not in tracked().fingerprint()["train_oracle"]
+
+
+def test_a_tracker_that_is_not_installed_is_refused(make, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it could not be imported
+    with pytest.raises(ConfigError, match="tensorboard is not installed here: pip install tensorboard"):
+        make("train_oracle.tracker=tensorboard")
+
+
+def test_wandb_gets_all_generations_under_one_run_id(make, tmp_path, monkeypatch):
+    """Offline: each generation leaves a folder that `wandb sync` sends to the same run."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tracked = lambda: make("train_oracle.tracker=wandb", "train_oracle.text_only_steps=0")  # noqa: E731
+    assert run(tracked(), stop=StopAfter(5), quiet=True) == CONTINUE
+    assert run(tracked(), quiet=True) == FINISHED
+    [folder] = (tmp_path / "tracking").iterdir()
+    runs = [path.name for path in folder.glob("wandb/offline-run-*")]
+    assert len(runs) == 2 and all(name.endswith(f"-{folder.name}") for name in runs)
+
+
 def foreign(tmp_path: Path, **changes: str) -> Path:
     folder = tmp_path / "foreign"
     folder.mkdir()
@@ -85,7 +121,7 @@ def foreign(tmp_path: Path, **changes: str) -> Path:
         (["train_oracle.examples={layers: [1, 3]}"], ConfigError, r"examples\.layers: no layer 3; the model has 3 layers, 0 to 2"),
         (["train_oracle.injection={layer: 7}"], ConfigError, r"injection\.layer: no layer 7"),
         (["train_oracle.tasks=[yes_no]"], ConfigError, r"task 'yes_no' needs examples\.yes_no"),
-        (["train_oracle.tracker=tensorboard"], ConfigError, r"tensorboard is not installed here"),
+        (["train_oracle.tracker=tensorbord"], ConfigError, r"train_oracle\.tracker"),
         (["train_oracle.batch_size=0"], ConfigError, r"train_oracle\.batch_size"),
     ],
 )

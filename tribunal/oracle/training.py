@@ -168,9 +168,7 @@ class OracleTraining:
         count = min(self.settings.keep, self.steps)
         return frozenset(round(self.steps * (i + 1) / count) for i in range(count))
 
-    def oracle_trainer(
-        self, files: Callable[[], Sequence[Path]], output_dir: Path, callbacks: list[Any], **tracking: Any
-    ) -> InjectionTrainer:
+    def oracle_trainer(self, files: Callable[[], Sequence[Path]], output_dir: Path, callbacks: list[Any]) -> InjectionTrainer:
         """The oracle's Trainer. ``files`` gives the written vectors by number."""
         vectors = Vectors(self.layout, files())
         asked = [Asked(example, vectors.of(example)) for example in self.validation]
@@ -182,7 +180,6 @@ class OracleTraining:
             validate=partial(self.validate, asked),
             validate_at=self.validate_at,
             keep_at=self.keep_at,
-            **tracking,
         )
 
     def text_only_trainer(self, output_dir: Path, callbacks: list[Any]) -> InjectionTrainer:
