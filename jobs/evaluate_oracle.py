@@ -16,7 +16,7 @@ from pydantic import Field
 
 from tribunal.cluster.job import Job, Shard
 from tribunal.core.config import NO_EFFECT_ON_RESULTS, Experiment, Section, SlurmJob
-from tribunal.core.errors import ConfigError
+from tribunal.core.errors import ConfigError, DataError
 from tribunal.core.work import Json, OverItems, Work, one_record
 from tribunal.oracle.settings import OracleSettings, adapter_digest
 from tribunal.oracle.storage import file_key, written
@@ -83,6 +83,11 @@ class EvaluateOracle(Job[Config]):
             settings=ExampleSettings.model_validate(facts.examples),
             seed=facts.seed,
         )
+        if corpus.digest != facts.examples_sha256:
+            raise DataError(
+                f"{folder}: the oracle was trained on other examples than its traces, labels and question files give now; "
+                "remove that folder and run train_oracle again"
+            )
         store = ActivationSet.open(self.results_of("extract_activations")) if "extract_activations" in self.needs else None
         return OracleEvaluation(
             loaded,

@@ -16,7 +16,7 @@ from tribunal.cluster.job import Job, Shard, root
 from tribunal.core.config import Experiment, SlurmJob
 from tribunal.core.storage import Journal, sha256_json
 from tribunal.core.work import Json, Work
-from tribunal.oracle.settings import TEXT_ONLY, OracleSettings, adapter_digest, available
+from tribunal.oracle.settings import TEXT_ONLY, OracleSettings, adapter_digest, available, question_files
 from tribunal.oracle.storage import file_key, written
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class TrainOracle(Job[Config]):
         refuse(self.config, describe_model(self.experiment.model).n_layers, where)
 
     def fingerprint(self) -> Json:
-        values = super().fingerprint()
+        values = super().fingerprint() | {"files": question_files(self.config.examples)}
         if self.config.start_from is not None:
             values["start_from"] = adapter_digest(self.config.start_from)
         return values
@@ -84,6 +84,7 @@ class TrainOracle(Job[Config]):
 
     def build(self) -> Work:
         from tribunal.models.oracle_training import SharedFiles, rank_and_world
+        from tribunal.models.tracking import tracker
         from tribunal.models.training import TrainerWork
         from tribunal.oracle.training import LaterSteps, Phases
 
@@ -92,20 +93,15 @@ class TrainOracle(Job[Config]):
         journal = self.journal if rank == 0 else Journal(self.state / "journal", writer=f"rank-{rank}.{self.epoch}")
 
         def make(number: int) -> Json:
-            return training.write_vectors(number, self.parts / f"{file_key(number)}.{self.epoch}.safetensors")
+            record = training.write_vectors(number, self.parts / f"{file_key(number)}.{self.epoch}.safetensors")
+            self.receipt_notes |= {"traces_run": training.source.passes, "vectors_from_store": training.source.read}
+            return record
 
         def oracle(output_dir: Path, callbacks: list[Any]) -> Any:
-            tracking = {
-                "tracker": self.config.tracker,
-                "run_id": sha256_json(self.owner)[:16],
-                "tracking": root() / "tracking" / self.experiment.name,
-            }
-            return training.oracle_trainer(
-                lambda: written(journal, self.parts, len(training.layout.files)),
-                output_dir,
-                callbacks,
-                **(tracking if self.config.tracker else {}),
-            )
+            if self.config.tracker is not None:
+                run_id = f"{self.experiment.name}-{sha256_json(self.owner)[:12]}"
+                callbacks = [*callbacks, tracker(self.config.tracker, run_id, root() / "tracking")]
+            return training.oracle_trainer(lambda: written(journal, self.parts, len(training.layout.files)), output_dir, callbacks)
 
         steps, later = training.steps, training.text_only_steps
         phases: list[Work] = [

@@ -244,8 +244,8 @@ def test_two_processes_train_the_adapter_that_one_does(tmp_path):
         assert len({sha256_file(path / name) for path in finished}) == 1, f"{name}: sharding the frozen weights changed it"
     assert _work(tmp_path / "alone", tmp_path / "model").run(Never())
     alone, pair = (CheckpointStore(tmp_path / name / "states", owner="test").newest().path for name in ("alone", "pair"))
-    curves = [[(row["loss"], row["grad_norm"]) for row in json.loads((path / "trainer_state.json").read_text())["log_history"][:STEPS]]
-              for path in (alone, pair)]  # fmt: skip
+    logs = [json.loads((path / "trainer_state.json").read_text())["log_history"] for path in (alone, pair)]
+    curves = [[(row["loss"], row["grad_norm"]) for row in log if "loss" in row] for log in logs]
     torch.testing.assert_close(*map(torch.tensor, curves), rtol=1e-3, atol=1e-4)
     weights = load_file(pair / "adapter_model.safetensors")
     for name, weight in load_file(alone / "adapter_model.safetensors").items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 
 from tests.oracle.helpers import BUILTIN, example
 from tribunal.core.errors import DataError
+from tribunal.models.adapters import detach, new_adapter
 from tribunal.models.loading import load_model
+from tribunal.models.lora import LoraSettings
 from tribunal.oracle.evaluation import BEST, CONDITIONS, OracleEvaluation, Who
 from tribunal.oracle.examples import Example
 from tribunal.oracle.prompts import OraclePrompts
@@ -37,17 +40,17 @@ def items(groups: int = 6) -> list[Example]:
     ]
 
 
-def evaluation(examples: list[Example], **facts: Any) -> OracleEvaluation:
+def evaluation(examples: list[Example], published: Sequence[str] = ()) -> OracleEvaluation:
     loaded = load_model(BUILTIN)
     known: dict[str, Any] = {
         "model": {}, "dtype": "float32", "seed": 0, "tasks": ["carry"], "examples": {}, "injection": {"mode": "replace"}, "planted": True,
         "placeholder": "<act>", "max_new_tokens": 4, "slots": 4, "steps": 9, "best_step": 9, "kept": [4, 9], "text_only_steps": 9,
-        "counts": {}, "validation": None, **facts,
+        "counts": {}, "validation": None, "examples_sha256": "",
     }  # fmt: skip
     corpus: Any = SimpleNamespace(examples=examples, of_split=lambda split: [e for e in examples if e.split == split])
     source: Any = None
     given: dict[str, Any] = {"items_per_task": 400, "chunk": 200, "traces_per_file": 9, "seed": 0}
-    return OracleEvaluation(loaded, OracleFacts(**known), Path(), corpus, source, steps=[4], published=["their/adapter"], **given)
+    return OracleEvaluation(loaded, OracleFacts(**known), Path(), corpus, source, steps=[4], published=published, **given)
 
 
 @pytest.mark.parametrize("condition", ["zeroed", "text_only"])
@@ -75,11 +78,14 @@ def test_a_task_without_held_out_items_of_two_problems_is_refused_before_anythin
     assert "\n" not in str(caught.value)
 
 
-def test_every_adapter_is_asked_with_its_own_with_anothers_and_without_activations():
+def test_every_adapter_is_asked_with_its_own_with_anothers_and_without_activations(tmp_path):
+    loaded = load_model(BUILTIN)
+    new_adapter(loaded, LoraSettings(rank=2), seed=0).save_pretrained(str(tmp_path), save_embedding_layers=False)
+    detach(loaded.model)
     asked: dict[Who, list[str]] = {}
-    for unit in evaluation(items()).plan():
+    for unit in evaluation(items(), [str(tmp_path)]).plan():
         asked.setdefault(unit.who, []).append(unit.condition)
-    others = {Who(step=4): list(CONDITIONS), Who(adapter="their/adapter"): list(CONDITIONS)}
+    others = {Who(step=4): list(CONDITIONS), Who(adapter=str(tmp_path)): list(CONDITIONS)}
     assert asked == {BEST: ["linear_probe", *CONDITIONS, "text_only"], **others}
 
 

@@ -89,6 +89,16 @@ def load_adapter(loaded: LoadedModel, source: str | Path, *, trainable: bool = F
     return peft
 
 
+def require_fit(loaded: LoadedModel, source: str | Path) -> None:
+    """Put an adapter on and take it off again, so that one which does not belong here is refused before any work.
+
+    Raises:
+        ModelError: see ``load_adapter``.
+    """
+    load_adapter(loaded, source)
+    detach(loaded.model)
+
+
 def detach(model: nn.Module) -> None:
     """Take the adapter off again: the model is as it was loaded."""
     known: Any = _attached.pop(model, None)

@@ -65,15 +65,17 @@ class Keeper:
         """The row with the best score, then the lowest loss, then the earliest step."""
         return max(self.rows, key=lambda row: (row["score"], -row["loss"], -row["step"]), default=None)
 
-    def after_step(self, step: int, peft: Any, *, writes: bool) -> None:
-        """Validate and keep what is due at this step."""
+    def after_step(self, step: int, peft: Any, *, writes: bool) -> Validation | None:
+        """Validate and keep what is due at this step; returns what validation said."""
         make_folder(self.scratch)
-        if self.validate is not None and step in self.validate_at:
-            self.rows.append({"step": step, **self.validate()._asdict()})
+        judged = self.validate() if self.validate is not None and step in self.validate_at else None
+        if judged is not None:
+            self.rows.append({"step": step, **judged._asdict()})
             if writes and self.best is self.rows[-1]:
                 write_atomic(self.scratch / BEST, adapter_bytes(peft))
         if writes and step in self.keep_at:
             write_atomic(self.scratch / kept_name(step), adapter_bytes(peft))
+        return judged
 
     def save(self, checkpoint: Path) -> None:
         """Put what is kept into a checkpoint's folder."""
@@ -195,15 +197,20 @@ class InjectionTrainer(Trainer):
 
 
 class _Keep(TrainerCallback):
-    """Calls the keeper after each step, before anything is saved."""
+    """Calls the keeper after each step, before anything is saved, and logs what validation said for whoever tracks the run."""
 
     def __init__(self, keeper: Keeper, peft: Any) -> None:
         self.keeper, self.peft = keeper, peft
+        self.log: Callable[[dict[str, float]], None] = lambda numbers: None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         training = self.peft.training
         self.peft.eval()
-        self.keeper.after_step(state.global_step, self.peft, writes=bool(args.should_save))
+        if judged := self.keeper.after_step(state.global_step, self.peft, writes=bool(args.should_save)):
+            scores = {f"eval_{task}_score": row["score"] for task, row in judged.tasks.items()}
+            due = control.should_log
+            self.log({"eval_score": judged.score, "eval_loss": judged.loss, **scores})
+            control.should_log = due  # logging takes it for done, but the step's own loss is still to come
         let_go(self.peft)
         self.peft.train(training)
 
@@ -230,16 +237,11 @@ def make_trainer(
     validate: Callable[[], Validation] | None,
     validate_at: frozenset[int],
     keep_at: frozenset[int],
-    tracker: str | None = None,
-    run_id: str = "",
-    tracking: Path | None = None,
 ) -> InjectionTrainer:
     """A fresh Trainer for the whole run (see ``tribunal.models.training``); ``peft`` carries a freshly made adapter.
 
     Args:
         warmup: share of the steps with a linearly rising learning rate.
-        tracker: ``tensorboard`` or ``wandb``; all generations of a run report to one run, named ``run_id``.
-        tracking: folder that the tracker writes in, unless the environment names another.
     Raises:
         ConfigError: the environment asks for FSDP.
     """
@@ -263,7 +265,6 @@ def make_trainer(
         ddp_find_unused_parameters=_some_may_not_run(peft),
         use_cpu=peft.device.type == "cpu",
         **_memory_saving(gradient_checkpointing),
-        **_tracking(tracker, run_id, tracking),
     )
     plan = StepPlan(
         [lessons[i].length for i in range(len(lessons))],
@@ -278,15 +279,18 @@ def make_trainer(
         shutil.rmtree(kept, ignore_errors=True)  # of a generation that was killed; what counts comes back with the checkpoint
     keeper = Keeper(kept, validate, validate_at, keep_at)
     train_by_ddp_alone(peft)
-    return InjectionTrainer(
+    keep = _Keep(keeper, peft)
+    trainer = InjectionTrainer(
         model=peft,
         args=args,
         train_dataset=StepBatches(lessons, plan, steps, pad_id),
         data_collator=_the_item,
-        callbacks=[_Keep(keeper, peft), *callbacks],
+        callbacks=[keep, *callbacks],
         injection=injection,
         keeper=keeper,
     )
+    keep.log = trainer.log
+    return trainer
 
 
 def _some_may_not_run(peft: Any) -> bool:
@@ -301,15 +305,3 @@ def _memory_saving(wanted: bool) -> Json:
 
 def _the_item(items: list[Json]) -> Json:
     return items[0]
-
-
-def _tracking(tracker: str | None, run_id: str, folder: Path | None) -> Json:
-    """The Trainer's arguments for a tracker, which takes the rest from the environment."""
-    if tracker is None:
-        return {}
-    if tracker == "wandb":
-        os.environ.setdefault("WANDB_RUN_ID", run_id)
-        os.environ.setdefault("WANDB_RESUME", "allow")
-    if folder is not None:
-        os.environ.setdefault("WANDB_DIR" if tracker == "wandb" else "TENSORBOARD_LOGGING_DIR", str(make_folder(folder)))
-    return {"report_to": [tracker], "run_name": run_id}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from tribunal.core.records import Problem, TraceLabel
@@ -51,6 +53,14 @@ class Corpus:
 
     def of_split(self, split: str) -> list[Example]:
         return [example for example in self.examples if example.split == split]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of every example, its question, answer and tokens: another one means other traces, labels or question files."""
+        total = hashlib.sha256()
+        for example in self.examples:
+            total.update(example.model_dump_json().encode())
+        return total.hexdigest()
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Examples by task and split."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tribunal.core.config import NO_EFFECT_ON_RESULTS, Experiment, Section
-from tribunal.core.errors import CorruptError
+from tribunal.core.errors import ConfigError, CorruptError
 from tribunal.core.records import Record
 from tribunal.core.registry import nearest
 from tribunal.core.storage import read_json, sha256_file, sha256_json
@@ -107,6 +107,7 @@ class OracleFacts(Record):
     seed: int
     tasks: list[str]
     examples: dict[str, Any] = Field(description="the examples section it was trained with")
+    examples_sha256: str = Field(description="of every example, whatever its split")
     injection: dict[str, Any]
     placeholder: str
     max_new_tokens: int
@@ -145,6 +146,23 @@ def available(experiment: Experiment, settings: ExampleSettings) -> set[Need]:
         "answers": labels is not None and labels.track_answers,
     }
     return {need for need, given in there.items() if given}
+
+
+def question_files(settings: ExampleSettings) -> dict[str, str]:
+    """sha256 of each file that examples are made of besides traces and labels, by its field.
+
+    Raises:
+        ConfigError: one is not there.
+    """
+    found = {}
+    for field in ("pairs", "yes_no"):
+        path: Path | None = getattr(settings, field)
+        if path is None:
+            continue
+        if not path.is_file():
+            raise ConfigError(f"examples.{field}: no such file: {path}")
+        found[field] = sha256_file(path)
+    return found
 
 
 def adapter_digest(source: str) -> str:

@@ -21,12 +21,11 @@ from tribunal.core.work import Json, Progress, Stop, Work
 from tribunal.models.adapters import (
     WEIGHTS,
     detach,
-    find_adapter,
     load_adapter,
     new_adapter,
     portable_config,
     publish_adapter,
-    require_base,
+    require_fit,
 )
 from tribunal.models.loading import LoadedModel, forget_models, identity
 from tribunal.models.oracle_batches import Injection, Lesson
@@ -98,7 +97,7 @@ class OracleTraining:
             batch_tokens=settings.batch_tokens,
         )
         if settings.start_from is not None:
-            require_base(find_adapter(settings.start_from), loaded)
+            require_fit(loaded, settings.start_from)
         self.audit.require()
 
     @cached_property
@@ -146,9 +145,7 @@ class OracleTraining:
                 "set a multiple, or another number of GPUs"
             )
         if self.settings.shard and world == 1:
-            raise ConfigError(
-                "train_oracle.shard: the GPUs of a job share the weights, and this is one process; set slurm.gpus, or leave it out"
-            )
+            raise ConfigError("train_oracle.shard: this is one process, which has nobody to share with; set slurm.gpus or leave it out")
 
     @property
     def steps(self) -> int:
@@ -171,9 +168,7 @@ class OracleTraining:
         count = min(self.settings.keep, self.steps)
         return frozenset(round(self.steps * (i + 1) / count) for i in range(count))
 
-    def oracle_trainer(
-        self, files: Callable[[], Sequence[Path]], output_dir: Path, callbacks: list[Any], **tracking: Any
-    ) -> InjectionTrainer:
+    def oracle_trainer(self, files: Callable[[], Sequence[Path]], output_dir: Path, callbacks: list[Any]) -> InjectionTrainer:
         """The oracle's Trainer. ``files`` gives the written vectors by number."""
         vectors = Vectors(self.layout, files())
         asked = [Asked(example, vectors.of(example)) for example in self.validation]
@@ -185,7 +180,6 @@ class OracleTraining:
             validate=partial(self.validate, asked),
             validate_at=self.validate_at,
             keep_at=self.keep_at,
-            **tracking,
         )
 
     def text_only_trainer(self, output_dir: Path, callbacks: list[Any]) -> InjectionTrainer:
@@ -305,6 +299,7 @@ def publish(training: OracleTraining, out: Path, *, oracle: Path, text_only: Pat
         seed=training.seed,
         tasks=settings.tasks,
         examples=settings.examples.model_dump(mode="json"),
+        examples_sha256=training.corpus.digest,
         injection=settings.injection.model_dump(),
         placeholder=training.prompts.placeholder,
         max_new_tokens=settings.max_new_tokens,

@@ -5,6 +5,7 @@ Adding a task is one file in this folder with a class ``Task(BaseTask)``; the mo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
@@ -91,6 +92,7 @@ class BaseTask:
         synonyms: for each choice, other names that count as it in fuzzy scoring.
         whole_targets: whether a target is a sentence, so that one without an end was cut off.
         builtin_layers: layers read by default on the built-in reasoner.
+        behind: tokens behind a sentence's end that are injected too: 1 takes in the boundary.
 
     Args:
         settings: of all tasks.
@@ -106,6 +108,7 @@ class BaseTask:
     synonyms: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     whole_targets: ClassVar[bool] = False
     builtin_layers: ClassVar[tuple[int, ...]] = (1,)
+    behind: ClassVar[int] = 0
     reads_all_labels: ClassVar[bool] = False
     """True: ``look`` is called with every trace's label before the first example is asked for."""
 
@@ -127,6 +130,12 @@ class BaseTask:
 
     def look(self, label: TraceLabel) -> None:
         """Take in a label, for a task that sets ``reads_all_labels``."""
+
+    @classmethod
+    def asks(cls, question: str, *, builtin: bool) -> bool:
+        """Whether a question is this task's, in its words or by its code."""
+        known = (cls.code,) if builtin else cls.phrasings
+        return any(re.fullmatch(re.sub(r"\\\{\w+\\\}", ".+", re.escape(text)), question) for text in known)
 
     # What tasks share -------------------------------------------------------------------------------------------------
 
