@@ -97,7 +97,7 @@ def test_any_number_of_shards_gives_the_same_labels(tmp_path, monkeypatch):
     assert len(digests) == 1
 
 
-def test_a_judge_that_fails_halfway_stops_the_job_with_one_line_and_what_it_labelled_is_kept(root):
+def test_a_judge_that_fails_halfway_stops_the_job_with_one_line_and_what_it_labelled_is_kept_when_it_moves_to_another_host(root):
     questions = []
 
     def reply(question: str) -> str:
@@ -107,18 +107,16 @@ def test_a_judge_that_fails_halfway_stops_the_job_with_one_line_and_what_it_labe
         numbers = re.findall(r"^(\d+)\. ", question.partition("Sentences:")[2], re.MULTILINE)
         return "I do not know" if broken and len(questions) > 3 else json.dumps(dict.fromkeys(numbers, "fact_retrieval"))
 
+    def judged(server: JudgeServer, attempts: int) -> LabelSentences:
+        judge = {"url": server.url, "model": "stub", "attempts": attempts}
+        return job(root, classes="judge", judge=judge, importance="none", track_answers=False)
+
     broken = True
+    with JudgeServer(reply) as server, pytest.raises(JudgeError, match=r"no JSON object.*'I do not know'.*2 attempts.*kept"):
+        run(judged(server, 2), quiet=True)
+    broken, asked = False, len(questions)
     with JudgeServer(reply) as server:
-        config = {
-            "classes": "judge",
-            "judge": {"url": server.url, "model": "stub", "attempts": 2},
-            "importance": "none",
-            "track_answers": False,
-        }
-        with pytest.raises(JudgeError, match=r"no JSON object.*'I do not know'.*2 attempts.*kept"):
-            run(job(root, **config), quiet=True)
-        broken, asked = False, len(questions)
-        made = job(root, **config)
+        made = judged(server, 3)
         assert run(made, quiet=True) == FINISHED
     assert asked == 5 and len(questions) == asked + 5  # three traces were done and are not asked about again
     audit = json.loads((made.results / "audit.json").read_text())
