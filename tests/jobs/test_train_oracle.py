@@ -119,6 +119,11 @@ def test_labels_that_cannot_be_trained_on_are_refused_with_the_table(make):
     assert "most frequent target" in str(caught.value)
 
 
+def test_the_audit_knows_how_long_an_answer_may_be(make):
+    with pytest.raises(LabelError, match=r"context_prediction: targets of up to \d+ tokens, but answers end at 3"):
+        make("train_oracle.tasks=[context_prediction]", "train_oracle.max_new_tokens=3").build()
+
+
 def test_only_the_results_that_the_tasks_ask_for_are_needed(calibrated, tmp_path):
     def needs(*overrides: str) -> tuple[str, ...]:
         return TrainOracle(calibrated.experiment(*SMALL, *overrides)).needs

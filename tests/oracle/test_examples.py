@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.oracle.helpers import BUILTIN, addition, additions, made, one_task, sentence_labels
+from tests.oracle.helpers import BUILTIN, addition, additions, example, made, one_task, sentence_labels
 from tests.traces.helpers import decode
 from tribunal.core import registry
 from tribunal.core.errors import ConfigError, DataError
 from tribunal.core.records import Problem
 from tribunal.datasets import answers
 from tribunal.models.loading import load_model
+from tribunal.oracle.audit import AuditSettings, audit_examples
 from tribunal.oracle.examples import build_examples, default_layers, split_of
 from tribunal.oracle.tasks.pairs import make_pairs
 from tribunal.oracle.tasks.random_bit import bit_of
 from tribunal.oracle.tasks.task import PACKAGE, BaseTask, ExampleSettings, make_tasks, require, task_class
+from tribunal.traces.sentence_classes import by_rules
 
 RNG = np.random.default_rng(0)
 STORY = ["She sold 48 clips.", "Half of 48 is 24.", "Wait, is that right?", "So 48 + 24 = 72.", "The answer is 72."]
@@ -137,11 +139,45 @@ def test_summaries_come_from_the_traces_own_classes_and_importance_so_no_two_are
         targets.add(draft.target)
         assert len(draft.tokens) == 2 and draft.tokens == sorted(draft.tokens)
     assert len(targets) == 20
-    assert (
-        "problem setup, then active computation, then uncertainty management, then active computation, then final answer emission. "
-        in min(targets)
-    )
-    assert 'It turns on "She sold 3 clips.".' in " ".join(targets)
+    phases = "problem setup, then active computation, then uncertainty management, then active computation, and 1 more phase"
+    assert f"{phases}. It turns on: She sold 3 clips." in targets
+
+
+def test_a_summary_leaves_out_what_has_no_class_and_is_made_where_at_least_half_have_one():
+    kinds = ["active_computation", None, "active_computation", "active_computation", None]
+    trace, label, problem = made(STORY)
+    rows = [{"sentence_class": kind, "importance": i} for kind, i in zip(kinds, [0.1, 0.9, 0.2, 0.3, None])]
+    [draft] = drafts("reasoning_summary", trace, label, problem, sentence_labels(trace, rows))
+    assert draft.target == "active computation, then active computation (2). It turns on: Half of 48 is 24."
+    rows[0]["sentence_class"] = None
+    assert drafts("reasoning_summary", trace, label, problem, sentence_labels(trace, rows)) == []
+
+
+def test_rules_class_enough_of_a_plain_story_for_a_summary():
+    trace, label, problem = made(["Natalia sold clips to friends.", *STORY[1:4], "Natalia is happy.", STORY[4]])
+    classes = by_rules(decode(trace.completion_ids), label)
+    assert classes.count(None) == 2
+    labels = sentence_labels(trace, [{"sentence_class": name, "importance": 0.1} for name in classes])
+    assert len(drafts("reasoning_summary", trace, label, problem, labels)) == 1
+
+
+@pytest.mark.parametrize(
+    ("sentences", "turn", "finish", "quoted"),
+    [
+        (["Half of 48 is", "48 clips."], 0, "stop", "Half of 48 is."),  # the line ended there
+        (["She sold 48.", "Half of 48 is"], 1, "stop", "Half of 48 is."),
+        (["She sold 48.", "Half of 48 is"], 1, "length", "Half of 48 is"),
+        (["She sold 48.", "That is what we have:", "It is 1."], 1, "length", "That is what we have ..."),
+    ],
+)
+def test_a_summary_has_no_end_only_where_the_trace_was_cut_off_in_the_sentence_that_it_quotes(sentences, turn, finish, quoted):
+    trace, label, problem = made(sentences, separator="\n")
+    trace = trace.model_copy(update={"finish_reason": finish})
+    rows = [{"sentence_class": "problem_setup", "importance": float(i == turn)} for i in range(len(sentences))]
+    [draft] = drafts("reasoning_summary", trace, label, problem, sentence_labels(trace, rows))
+    assert draft.target.partition("It turns on: ")[2] == quoted
+    examples = [example("reasoning_summary", target=draft.target, key=str(n)) for n in range(2)]
+    assert any("end in mid-sentence" in line for line in audit_examples(examples, AuditSettings()).refusals) == (quoted[-1] != ".")
 
 
 def test_hint_use_is_asked_only_where_the_hint_can_be_what_moved_the_answer(tmp_path):

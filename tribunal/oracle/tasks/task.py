@@ -30,6 +30,8 @@ NEEDED_FROM: dict[Need, str] = {
     "addition": "traces of the built-in reasoner",
 }
 YES_NO = ["yes", "no"]
+SENTENCE_ENDS = ".!?\"')"
+"""Last characters of a whole sentence."""
 BUILTIN_VECTORS = 11
 """Tokens of a written sum that are injected by default: a first step and its boundary are eleven."""
 
@@ -83,6 +85,7 @@ class BaseTask:
         needs: what a trace must bring besides its label.
         synonyms: for each choice, other names that count as it in fuzzy scoring.
         whole_targets: whether a target is a sentence, so that one without an end was cut off.
+        asks_where: in words, which of the traces that bring what it ``needs`` are asked about; empty: all of them.
         builtin_layers: layers read by default on the built-in reasoner.
 
     Args:
@@ -98,6 +101,7 @@ class BaseTask:
     needs: ClassVar[frozenset[Need]] = frozenset()
     synonyms: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     whole_targets: ClassVar[bool] = False
+    asks_where: ClassVar[str] = ""
     builtin_layers: ClassVar[tuple[int, ...]] = (1,)
     reads_all_labels: ClassVar[bool] = False
     """True: ``look`` is called with every trace's label before the first example is asked for."""
