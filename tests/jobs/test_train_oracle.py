@@ -85,6 +85,8 @@ def foreign(tmp_path: Path, **changes: str) -> Path:
         (["train_oracle.examples={layers: [1, 3]}"], ConfigError, r"examples\.layers: no layer 3; the model has 3 layers, 0 to 2"),
         (["train_oracle.injection={layer: 7}"], ConfigError, r"injection\.layer: no layer 7"),
         (["train_oracle.tasks=[yes_no]"], ConfigError, r"task 'yes_no' needs examples\.yes_no"),
+        (["train_oracle.examples={yes_no: gone.jsonl}"], ConfigError, r"train_oracle\.examples\.yes_no: no such file: gone\.jsonl"),
+        (["train_oracle.examples={pairs: gone.jsonl}"], ConfigError, r"train_oracle\.examples\.pairs: no such file: gone\.jsonl"),
         (["train_oracle.tracker=tensorboard"], ConfigError, r"tensorboard is not installed here"),
         (["train_oracle.batch_size=0"], ConfigError, r"train_oracle\.batch_size"),
     ],

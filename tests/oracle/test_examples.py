@@ -226,6 +226,26 @@ def test_your_own_questions_are_asked_of_the_trace_and_sentence_they_name(tmp_pa
         one_task("yes_no", yes_no=path)
 
 
+@pytest.mark.parametrize("lost", [{"problem_id": "q"}, {"problem_id": "p", "sample": 7}])
+def test_a_question_about_a_problem_or_sample_without_a_trace_is_refused_and_not_passed_over(tmp_path, lost):
+    path, asked = tmp_path / "mine.jsonl", {"question": "Is it about clips?", "answer": "yes"}
+    path.write_text("".join(json.dumps({**asked, **row}) + "\n" for row in [{"problem_id": "p"}, lost, lost]))
+    name = "q" if lost["problem_id"] == "q" else "p/7"
+    with pytest.raises(DataError, match=rf"mine\.jsonl: 2 of 3 lines are about .* without a trace, first '{name}'; take them out"):
+        build([made(STORY)], ["yes_no"], builtin=False, yes_no=path)
+    path.write_text(json.dumps({**asked, "problem_id": "p", "sample": 0}) + "\n")
+    truncated = made(STORY, verdict="truncated")  # it has a trace; that it is not asked about is the user's own setting
+    assert build([truncated], ["yes_no"], builtin=False, yes_no=path) == []
+
+
+@pytest.mark.parametrize(("hinted", "plain"), [("h", "gone"), ("gone", "q")])
+def test_hint_pairs_of_which_either_problem_has_no_trace_are_refused(tmp_path, hinted, plain):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"problem_id": hinted, "without": plain, "hint": "13"}) + "\n")
+    with pytest.raises(DataError, match=r"pairs\.jsonl: 1 of 1 lines are about .* without a trace, first 'gone'"):
+        build([made(STORY, problem="h"), made(STORY, problem="q")], ["hint_use"], builtin=False, pairs=path)
+
+
 def test_labels_of_other_sentences_or_traces_are_refused():
     trace, label, problem = made(STORY)
     with pytest.raises(DataError, match=r"4 labelled sentences, but labels\.jsonl has 5; run label_sentences again"):
