@@ -86,6 +86,19 @@ def test_rollouts_stopped_in_the_middle_of_a_trace_and_resumed_give_the_same_byt
     assert_resume_is_exact(lambda folder: job(folder, **config), tmp_path, monkeypatch, points=4, every=False)
 
 
+def test_a_trace_whose_rollouts_tell_nothing_from_chance_gets_importances_and_no_tier(root):
+    rollouts = {"samples": 2, "max_new_tokens": 60, "slots": 20}  # two rollouts a side cannot be told from chance
+    made = job(root, importance="rollouts", rollouts=rollouts, samples_per_problem=1, classes="none", track_answers=False)
+    assert run(made, quiet=True) == FINISHED
+    sentences = [s for row in SentenceFile(made.results / "sentences.jsonl").values() for s in row.sentences]
+    measured = [s for s in sentences if s.importance is not None]
+    assert measured and all(s.importance_p is not None and s.importance_by_chance is not None for s in measured)
+    assert all(s.tier is None for s in sentences)
+    audit = json.loads((made.results / "audit.json").read_text())
+    assert audit["importance"]["by_chance"]["traces_within_chance"] == 8
+    assert any("in 8 of 8 traces no sentence moves the answers more than chance" in line for line in audit["warnings"])
+
+
 def test_any_number_of_shards_gives_the_same_labels(tmp_path, monkeypatch):
     digests = set()
     for count in (1, 3):

@@ -121,6 +121,19 @@ def test_labels_that_cannot_be_trained_on_are_refused_with_the_table(make):
     assert "most frequent target" in str(caught.value)
 
 
+def test_what_label_sentences_worries_about_is_told_before_training(make, caplog):
+    job = make("train_oracle.tasks=[carry,sentence_class]")
+    folder = job.results.parent / "label_sentences"
+    folder.mkdir()
+    (folder / "sentences.jsonl").touch()
+    write_json(folder / "audit.json", {"warnings": ["in 9 of 9 traces ..."]})
+    outputs = hash_outputs(folder)
+    write_json(folder / RECEIPT, {"schema_version": 1, "outputs": outputs, "digest": digest(outputs)})
+    with pytest.raises(LabelError, match="sentence_class: no examples at all"):
+        job.build()
+    assert "label_sentences: in 9 of 9 traces ..." in caplog.messages
+
+
 def test_the_audit_knows_how_long_an_answer_may_be(make):
     with pytest.raises(LabelError, match=r"context_prediction: targets of up to \d+ tokens, but answers end at 3"):
         make("train_oracle.tasks=[context_prediction]", "train_oracle.max_new_tokens=3").build()

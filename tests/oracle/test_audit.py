@@ -99,6 +99,13 @@ def test_a_task_without_examples_and_one_with_too_few_to_test_are_refused():
     assert "label_sentences with classes: rules or judge" in summary and "a class for at least 50% of a trace's sentences" in summary
 
 
+def test_what_the_label_maker_worries_about_is_told_and_kept(caplog):
+    audit = audit_examples(examples("carry", ["0", "1"] * 100), SETTINGS, warnings=["in 9 of 9 traces ..."])
+    audit.require()
+    assert [record.message for record in caplog.records] == ["label_sentences: in 9 of 9 traces ..."]
+    assert audit.as_json()["warnings"] == ["in 9 of 9 traces ..."]
+
+
 def test_what_is_refused_comes_with_the_table_and_how_to_go_on():
     audit = audit_examples(examples("carry", ["0"] * 200), SETTINGS, where="train_oracle")
     with pytest.raises(LabelError) as caught:

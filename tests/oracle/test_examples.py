@@ -65,8 +65,8 @@ def test_a_trace_that_is_no_written_sum_is_not_asked_about_steps():
 def test_no_problem_is_in_two_splits_and_its_split_depends_on_nothing_but_its_id():
     found = build(additions(40), ["step_index", "random_bit"])
     splits = {}
-    for example in found:
-        assert splits.setdefault(example.problem_id, example.split) == example.split
+    for one in found:
+        assert splits.setdefault(one.problem_id, one.split) == one.split
     alone = build(additions(40)[7:8], ["carry"], seed=5)
     assert {example.split for example in alone} == {splits[alone[0].problem_id]}
     shares = Counter(split_of(f"p{n}", test_share=0.2, validation_share=0.1) for n in range(4000))
@@ -159,6 +159,14 @@ def test_rules_class_enough_of_a_plain_story_for_a_summary():
     assert classes.count(None) == 2
     labels = sentence_labels(trace, [{"sentence_class": name, "importance": 0.1} for name in classes])
     assert len(drafts("reasoning_summary", trace, label, problem, labels)) == 1
+
+
+def test_no_summary_turns_on_a_sentence_that_rollouts_do_not_tell_from_chance():
+    trace, label, problem = made(STORY)
+    rows = [{"sentence_class": kind, "importance": 0.2, "importance_p": 0.02} for kind in KINDS]  # five of them: 0.02 is chance
+    assert drafts("reasoning_summary", trace, label, problem, sentence_labels(trace, rows)) == []
+    rows[3]["importance_p"] = 0.01
+    assert len(drafts("reasoning_summary", trace, label, problem, sentence_labels(trace, rows))) == 1
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ targets with exact probabilities that no answer can match, test problems that we
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from tribunal.core.records import Problem
 from tribunal.oracle.examples import Example
 from tribunal.oracle.tasks.task import NEEDED_FROM, SENTENCE_ENDS, task_class
 
+log = logging.getLogger(__name__)
 Json = dict[str, Any]
 SPLITS = ("train", "validation", "test")
 EXACT_NUMBER = re.compile(r"(?<![\w.])\d*\.\d{2,}(?![\w.])|(?<![\w.])\d+(?:\.\d+)?\s?%")
@@ -67,11 +69,13 @@ class LabelAudit:
     Attributes:
         rows: by task, what ``audit.json`` holds.
         refusals: one line for each reason not to train on a task; names the task, the value, the limit and what to do.
+        warnings: of the job that made the labels.
     """
 
-    def __init__(self, rows: dict[str, Json], refusals: list[str]) -> None:
+    def __init__(self, rows: dict[str, Json], refusals: list[str], warnings: list[str]) -> None:
         self.rows = rows
         self.refusals = refusals
+        self.warnings = warnings
 
     def table(self) -> str:
         """The rows as text, a line for each task."""
@@ -84,17 +88,19 @@ class LabelAudit:
         return "\n".join(lines)
 
     def require(self) -> None:
-        """Stop before training when there is anything to refuse.
+        """Tell every warning, and stop before training when there is anything to refuse.
 
         Raises:
             LabelError: the table, every reason, and how to go on.
         """
+        for line in self.warnings:
+            log.warning("label_sentences: %s", line)
         if self.refusals:
             reasons = "\n".join(f"  - {line}" for line in self.refusals)
             raise LabelError(f"the oracle's labels cannot be trained on:\n{reasons}\n{self.table()}")
 
     def as_json(self) -> Json:
-        return {"tasks": self.rows, "refusals": self.refusals}
+        return {"tasks": self.rows, "refusals": self.refusals, "warnings": self.warnings}
 
 
 def audit_examples(
@@ -105,6 +111,7 @@ def audit_examples(
     problems: Mapping[str, Problem] | None = None,
     count_tokens: Callable[[str], int] | None = None,
     max_new_tokens: int | None = None,
+    warnings: Sequence[str] = (),
     where: str = "train_oracle",
 ) -> LabelAudit:
     """Count the examples, streamed, and say what is wrong.
@@ -115,6 +122,7 @@ def audit_examples(
         problems: by id, to find the same question under two ids.
         count_tokens: an answer's number of tokens; without it lengths are not looked at.
         max_new_tokens: of a generated answer: a longer target could never be answered whole.
+        warnings: of the job that made the labels, told with the rest.
         where: the job's section, for messages.
     """
     counted: dict[str, _Task] = {name: _fresh(name) for name in tasks}
@@ -126,7 +134,7 @@ def audit_examples(
         _count(counted[example.task], example, count_tokens)
     refusals = [line for name, task in counted.items() for line in _judge(name, task, settings, max_new_tokens, where)]
     refusals += _overlap(split_of_problem, problems)
-    return LabelAudit({name: _row(task) for name, task in counted.items()}, refusals)
+    return LabelAudit({name: _row(task) for name, task in counted.items()}, refusals, list(warnings))
 
 
 def _fresh(name: str) -> _Task:
@@ -172,10 +180,10 @@ def _judge(name: str, task: _Task, settings: AuditSettings, max_new_tokens: int 
     """Every reason to refuse this task."""
     if not task.n:
         kind = task_class(name)
-        needs = "; ".join([*(NEEDED_FROM[need] for need in sorted(kind.needs)), *([kind.asks_where] if kind.asks_where else [])])
+        needs = "; ".join(filter(None, [*(NEEDED_FROM[need] for need in sorted(kind.needs)), kind.asks_where]))
         return [
-            f"{name}: no examples at all: no trace brings what it asks about ({needs or f'see {where}.examples.verdicts'}); take it out of {where}.tasks, "
-            "or make the labels it needs"
+            f"{name}: no examples at all: no trace brings what it asks about ({needs or 'a verdict that is asked about'}); take it out of "
+            f"{where}.tasks, or make the labels it needs"
         ]
     found = []
     row = _row(task)

@@ -110,6 +110,7 @@ class OracleTraining:
             problems=self.corpus.problems,
             count_tokens=lambda text: len(self.prompts.target_ids(text)),
             max_new_tokens=self.settings.max_new_tokens,
+            warnings=self.corpus.warnings,
         )
 
     # Vectors ------------------------------------------------------------------------------------------------------------

@@ -42,7 +42,9 @@ class Task(BaseTask):
     def examples(
         self, trace: Trace, label: TraceLabel, problem: Problem, sentences: TraceSentences | None, rng: np.random.Generator
     ) -> list[Draft]:
-        labels = sentences.sentences if sentences else []
+        if sentences is None or not sentences.beyond_chance:
+            return []
+        labels = sentences.sentences
         ranked = sorted((i for i, found in enumerate(labels) if found.importance is not None), key=lambda i: -(labels[i].importance or 0.0))
         classes = [found.sentence_class for found in labels]
         if not ranked or len(classes) - classes.count(None) < LEAST_CLASSED * len(classes):
