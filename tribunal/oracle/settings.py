@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from tribunal.core.config import NO_EFFECT_ON_RESULTS, Experiment, Section
+from tribunal.core.config import ADAPTERS, NO_EFFECT_ON_RESULTS, Experiment, Section
 from tribunal.core.errors import CorruptError
 from tribunal.core.records import Record
 from tribunal.core.registry import nearest
@@ -41,7 +41,9 @@ class OracleSettings(Section):
     audit: AuditSettings = AuditSettings()
     lora: LoraSettings = LoraSettings()
     injection: InjectionSettings = InjectionSettings()
-    start_from: str | None = Field(None, description="PEFT folder or hub name to start from; lora is then not used")
+    start_from: str | None = Field(
+        None, description="PEFT folder or hub name (name@commit) to start from; lora is then not used", json_schema_extra=ADAPTERS
+    )
     placeholder: str | None = Field(None, description="placeholder token with its blank; default: ' ?' or the next that is a single token")
     from_store: bool = Field(False, description="read the activations that extract_activations stored, and run the model for the rest only")
     epochs: float = Field(1.0, gt=0, description="passes over the examples, where steps is not given")
@@ -148,7 +150,7 @@ def available(experiment: Experiment, settings: ExampleSettings) -> set[Need]:
 
 
 def adapter_digest(source: str) -> str:
-    """Names an adapter by what is in its folder; one on the hub by its name. Needs no torch."""
+    """Names an adapter by what is in its folder; one on the hub by its name, and its commit where one is given. Needs no torch."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return source
