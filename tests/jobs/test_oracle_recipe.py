@@ -17,8 +17,9 @@ RECIPE = Path(__file__).resolve().parents[2] / "experiments" / "oracle-qwen3-8b.
 SHRUNK = (
     "model.revision=null", "model.dtype=float32", "dataset={name: jsonl, path: problems.jsonl}",
     "generate_traces={import_path: traces.jsonl}", "label_traces={min_per_class: 5}",
-    "train_oracle.examples.layers=[0, 1, 2]", "train_oracle.lora={rank: 2, alpha: 4}", "train_oracle.steps=4", "train_oracle.batch_size=4",
-    "train_oracle.validate_items=4", "train_oracle.keep=1", "train_oracle.max_new_tokens=8", "train_oracle.examples.longest_context=4",
+    "train_oracle.examples.layers=[0, 1, 2]", "train_oracle.placeholder=<unk>", "train_oracle.lora={rank: 2, alpha: 4}",
+    "train_oracle.steps=4", "train_oracle.batch_size=4",
+    "train_oracle.validate_items=4", "train_oracle.keep=1", "train_oracle.max_new_tokens=24", "train_oracle.examples.longest_context=4",
     "train_oracle.audit={min_per_split: 4, max_class_share: 1.0}", "train_oracle.examples.validation_share=0.2",
     "evaluate_oracle={items_per_task: 12, bootstrap: 100}",
 )  # fmt: skip
@@ -34,7 +35,8 @@ def problems_and_traces(count: int) -> tuple[list[dict], list[dict]]:
         for sample, slip in enumerate((0, 10)):
             said = a + b + slip
             thought = (
-                f"The question asks how many marbles there are.\nFirst, I will add the red and the blue ones.\n{a} + {b} = {said}.\n"
+                "The question asks how many marbles there are.\nThe shop has red ones and blue ones.\n"
+                f"First, I will add the red and the blue ones.\nThe red ones are {a}.\nThe blue ones are {b}.\n{a} + {b} = {said}.\n"
                 f"Wait, let me check that again.\nSo the total is {said}.\n"
             )
             completion = f"{thought}</think>\nThe answer is \\boxed{{{said}}}."
