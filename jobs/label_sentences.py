@@ -52,6 +52,7 @@ class LabelSentences(Job[Config]):
     needs = ("generate_traces", "label_traces")
     uses = ("model", "seed")
     shards = True
+    only_if_read = True
     resources = SlurmJob(time="4:00:00", nodes=1, gpus=1, cpus=8, mem_gb=64)
 
     def check(self) -> None:
