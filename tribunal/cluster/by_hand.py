@@ -4,8 +4,8 @@
     python -m tribunal.cluster.by_hand --now PIPELINE EXPERIMENT.yaml [section.key=value ...]     sbatch/pipeline.sh, before it queues
 
 SLURM copies the batch script when it is queued, and nothing else. So the copy is made by the job's first start, of an array by the
-first of its tasks, and all later starts run it; ``--now`` makes it at once and prints the experiment file to submit and its jobs. Inside a job
-the folder of the code and the arguments for Python are printed, one a line.
+first of its tasks, and all later starts run it; ``--now`` makes it at once and prints the experiment file to submit and the jobs. Inside a
+job the folder of the code and the arguments for Python are printed, one a line.
 """
 
 from __future__ import annotations

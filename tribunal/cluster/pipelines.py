@@ -38,7 +38,7 @@ def jobs_of(name: str) -> tuple[str, ...]:
 
 
 def selected(words: Sequence[str], experiment: Experiment) -> tuple[str, ...]:
-    """The jobs that names of pipelines and jobs stand for; of a pipeline those that are ``only_if_read`` where one of the others reads them.
+    """The jobs that names of pipelines and jobs stand for; of a pipeline, an ``only_if_read`` one where another reads it.
 
     Raises:
         ConfigError: a word is neither a pipeline nor a job.
