@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from tribunal.cluster.job import Job, Shard
-from tribunal.core.config import NO_EFFECT_ON_RESULTS, Experiment, Section, SlurmJob
-from tribunal.core.errors import ConfigError
+from tribunal.core.config import ADAPTERS, NO_EFFECT_ON_RESULTS, Experiment, Section, SlurmJob
+from tribunal.core.errors import ConfigError, DataError
 from tribunal.core.work import Json, OverItems, Work, one_record
 from tribunal.oracle.settings import OracleSettings, adapter_digest
 from tribunal.oracle.storage import file_key, written
@@ -30,7 +30,11 @@ class Config(Section):
 
     items_per_task: int = Field(400, ge=2, description="held-out items of each task, evenly spaced")
     steps: list[int] | Literal["all"] = Field("all", description="kept checkpoints that are asked too, besides the best one")
-    published: list[str] = Field([], description="adapters of others (PEFT folders or hub names) that are asked the same questions")
+    published: list[str] = Field(
+        [],
+        description="adapters of others (PEFT folders or hub names, name@commit) that are asked the same questions",
+        json_schema_extra=ADAPTERS,
+    )
     chunk: int = Field(200, ge=1, description="questions answered together, the unit that a stop can cost (it can change low bits)")
     bootstrap: int = Field(1000, ge=100, description="resamples of problems behind every interval")
     traces_per_file: int = Field(
@@ -83,6 +87,11 @@ class EvaluateOracle(Job[Config]):
             settings=ExampleSettings.model_validate(facts.examples),
             seed=facts.seed,
         )
+        if corpus.digest != facts.examples_sha256:
+            raise DataError(
+                f"{folder}: the oracle was trained on other examples than its traces, labels and question files give now; "
+                "remove that folder and run train_oracle again"
+            )
         store = ActivationSet.open(self.results_of("extract_activations")) if "extract_activations" in self.needs else None
         return OracleEvaluation(
             loaded,
@@ -114,7 +123,8 @@ class EvaluateOracle(Job[Config]):
             return evaluation.run(unit, opened["vectors"])
 
         one = one_record(ask, lambda unit: unit.key)
-        files = SharedFiles(len(evaluation.layout.files), make=make, key=file_key, journal=self.journal)
+        device = evaluation.loaded.device
+        files = SharedFiles(len(evaluation.layout.files), make=make, key=file_key, journal=self.journal, device=device)
         items = OverItems(evaluation.plan(), keys=lambda unit: [unit.key], process=one, journal=self.journal)
         return Phases([files, items], evaluation.loaded, "unit")
 

@@ -16,7 +16,7 @@ from tribunal.cluster.job import Job, Shard, root
 from tribunal.core.config import Experiment, SlurmJob
 from tribunal.core.storage import Journal, sha256_json
 from tribunal.core.work import Json, Work
-from tribunal.oracle.settings import TEXT_ONLY, OracleSettings, adapter_digest, available
+from tribunal.oracle.settings import TEXT_ONLY, OracleSettings, adapter_digest, available, question_files
 from tribunal.oracle.storage import file_key, written
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class TrainOracle(Job[Config]):
     name = "train_oracle"
     needs = ("generate_traces", "label_traces", "label_sentences", "extract_activations")
     uses = ("model", "seed")
+    distributed = True
     resources = SlurmJob(time="4:00:00", nodes=1, gpus=1, cpus=8, mem_gb=64)
 
     def __init__(self, experiment: Experiment, shard: Shard | None = None) -> None:
@@ -45,10 +46,11 @@ class TrainOracle(Job[Config]):
 
         where = f"{self.experiment.path}: {self.name}"
         require(self.config.tasks, available(self.experiment, self.config.examples), where)
+        self.config.examples.require_files(where)
         refuse(self.config, describe_model(self.experiment.model).n_layers, where)
 
     def fingerprint(self) -> Json:
-        values = super().fingerprint()
+        values = super().fingerprint() | {"files": question_files(self.config.examples)}
         if self.config.start_from is not None:
             values["start_from"] = adapter_digest(self.config.start_from)
         return values
@@ -83,31 +85,28 @@ class TrainOracle(Job[Config]):
 
     def build(self) -> Work:
         from tribunal.models.oracle_training import SharedFiles, rank_and_world
+        from tribunal.models.tracking import tracker
         from tribunal.models.training import TrainerWork
         from tribunal.oracle.training import LaterSteps, Phases
 
-        training, rank = self.training, rank_and_world()[0]
+        training, (rank, world) = self.training, rank_and_world()
+        training.require_processes(world)
         journal = self.journal if rank == 0 else Journal(self.state / "journal", writer=f"rank-{rank}.{self.epoch}")
 
         def make(number: int) -> Json:
-            return training.write_vectors(number, self.parts / f"{file_key(number)}.{self.epoch}.safetensors")
+            record = training.write_vectors(number, self.parts / f"{file_key(number)}.{self.epoch}.safetensors")
+            self.receipt_notes |= {"traces_run": training.source.passes, "vectors_from_store": training.source.read}
+            return record
 
         def oracle(output_dir: Path, callbacks: list[Any]) -> Any:
-            tracking = {
-                "tracker": self.config.tracker,
-                "run_id": sha256_json(self.owner)[:16],
-                "tracking": root() / "tracking" / self.experiment.name,
-            }
-            return training.oracle_trainer(
-                lambda: written(journal, self.parts, len(training.layout.files)),
-                output_dir,
-                callbacks,
-                **(tracking if self.config.tracker else {}),
-            )
+            if self.config.tracker is not None:
+                run_id = f"{self.experiment.name}-{sha256_json(self.owner)[:12]}"
+                callbacks = [*callbacks, tracker(self.config.tracker, run_id, root() / "tracking")]
+            return training.oracle_trainer(lambda: written(journal, self.parts, len(training.layout.files)), output_dir, callbacks)
 
         steps, later = training.steps, training.text_only_steps
         phases: list[Work] = [
-            SharedFiles(len(training.layout.files), make=make, key=file_key, journal=journal),
+            SharedFiles(len(training.layout.files), make=make, key=file_key, journal=journal, device=training.loaded.device),
             TrainerWork(oracle, self.checkpoints("oracle"), self.state / "scratch", steps=steps, metrics=self.metrics),
         ]
         if later:
@@ -129,11 +128,6 @@ class TrainOracle(Job[Config]):
             rows=self.metrics.rows(),
             experiment=self.experiment.name,
         )
-
-    def _tracking(self) -> Json:
-        """One run for all generations, in a folder that outlives the job's state."""
-        folder = root() / "tracking" / self.experiment.name
-        return {"tracker": self.config.tracker, "run_id": sha256_json(self.owner)[:16], "tracking": folder} if self.config.tracker else {}
 
 
 if __name__ == "__main__":

@@ -90,6 +90,8 @@ def test_reading_a_layer_gives_all_shards_rows_in_the_order_of_the_index(tmp_pat
     found = ActivationSet.open(tmp_path / "set")
     assert torch.equal(found.read(0, "mean"), expected)
     assert torch.equal(found.read(2, "mean", torch.float32), -expected.float())
+    some = torch.arange(len(expected)).flip(0)[::2]
+    assert torch.equal(found.read(0, "mean", chosen=some), expected[some])
     assert [row.key for row in found.rows("mean")] == [f"p{number}/{row}" for number, count in enumerate(counts) for row in range(count)]
 
 

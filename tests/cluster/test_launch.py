@@ -18,8 +18,22 @@ from tribunal.cluster import preemption
 from tribunal.cluster.job import Shard
 from tribunal.cluster.launch import CONTINUE, FINISHED, run
 from tribunal.cluster.lease import Lease
-from tribunal.core.errors import ConfigError, StorageError
+from tribunal.core.errors import ConfigError, LabelError, StorageError
 from tribunal.core.receipts import read_receipt, verify
+
+PROJECT = Path(__file__).resolve().parents[2]
+HOLDS_THE_LEASE = """
+import time
+from tests.toy import toy
+from tribunal.cluster.job import Shard
+from tribunal.cluster.lease import Lease
+from tribunal.cluster.publishing import claim_state
+job = toy(Shard(0, 2))
+claim_state(job)
+with Lease(job.lease_folder, "toy"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +164,33 @@ def test_a_resume_under_another_configuration_is_refused_by_field():
     assert run(toy(), stop=StopAfter(2), quiet=True) == CONTINUE
     with pytest.raises(ConfigError, match=r"was started with another configuration \(toy.factor: 3 -> 4; toy.units: 8 -> 9\)"):
         run(toy(factor=4, units=9), quiet=True)
+
+
+def test_a_start_that_was_refused_before_it_did_anything_binds_nobody_to_its_configuration(monkeypatch):
+    refused = toy()
+    monkeypatch.setattr(refused, "build", lambda: (_ for _ in ()).throw(LabelError("too few")))
+    with pytest.raises(LabelError):
+        run(refused, quiet=True)
+    with Lease(toy().lease_folder, "toy", beat_s=0):  # of this process, so it counts as left behind
+        pass
+    assert run(toy(factor=4), stop=StopAfter(2), quiet=True) == CONTINUE
+    with pytest.raises(ConfigError, match=r"was started with another configuration \(toy.factor: 4 -> 3\)"):
+        run(toy(), quiet=True)
+
+
+def test_a_start_at_work_that_has_made_nothing_yet_keeps_another_configuration_out(tmp_path):
+    """Its lease is held by a live process of this host."""
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLDS_THE_LEASE], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(PROJECT)}
+    )
+    try:
+        assert first.stdout.readline() == b"held\n"
+        with pytest.raises(ConfigError, match=r"was started with another configuration \(toy.factor: 3 -> 4\)"):
+            run(toy(Shard(1, 2), factor=4), quiet=True)
+    finally:
+        first.kill()
+        first.wait()
+    assert run(toy(Shard(1, 2), factor=4), quiet=True) == FINISHED
 
 
 def test_a_kill_between_publishing_and_clean_up_does_no_harm(tmp_path):

@@ -13,8 +13,11 @@ import pytest
 
 from tests.project import HERE, Project, until
 from tests.slurm.test_scripts import faults
-from tribunal.cluster.resources import check_extra, parse_limit
+from tribunal.cluster.launch import make_job
+from tribunal.cluster.resources import check_extra, parse_limit, resolve
 from tribunal.cluster.scripts import index_list
+from tribunal.cluster.supervision import supervise
+from tribunal.core.config import load_experiment
 from tribunal.core.errors import ConfigError
 
 
@@ -100,6 +103,20 @@ def test_a_dry_run_prints_graph_and_scripts_and_leaves_nothing_behind(project):
     assert "gres" not in second and "constraint" not in second  # double needs no GPU, so it asks for nothing that comes with one
     assert "double" in text and "after count" in text
     assert list(project.root.rglob("*")) == []
+
+
+def test_an_oracle_gets_a_task_for_each_gpu_and_a_job_of_one_process_stays_one():
+    experiment = load_experiment(HERE.parent / "experiments" / "demo.yaml", ["slurm={gpus: 4}"])
+    tasks = {name: resolve(make_job(name, experiment)).tasks for name in ("train_oracle", "evaluate_oracle")}
+    assert tasks == {"train_oracle": 4, "evaluate_oracle": 1}
+
+
+def test_a_job_of_one_process_that_was_started_as_several_tasks_is_refused(monkeypatch):
+    job = make_job("evaluate_oracle", load_experiment(HERE.parent / "experiments" / "demo.yaml"))
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"evaluate_oracle: started as 2 tasks, .* --ntasks=1"):
+        supervise(job, [])
 
 
 def test_submitting_the_demo_imports_no_torch(tmp_path):

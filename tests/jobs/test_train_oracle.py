@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 from peft import PeftModel
 
 from jobs.train_oracle import TrainOracle
-from tests.resume import assert_resume_is_exact, undisturbed
+from tests.resume import StopAfter, assert_resume_is_exact, undisturbed
 from tribunal.activations.store import META
+from tribunal.cluster.launch import CONTINUE, FINISHED, run
 from tribunal.core.errors import ConfigError, LabelError, ModelError, UserError
 from tribunal.core.receipts import RECEIPT, digest, hash_outputs
-from tribunal.core.storage import write_json
+from tribunal.core.storage import write_json, write_jsonl
 from tribunal.models.loading import load_model
 from tribunal.oracle.settings import read_facts
 
@@ -71,6 +73,40 @@ def test_an_oracle_goes_on_from_a_published_adapter(make, tmp_path):
     assert config["r"] == 2 and not (make().results / "text_only").exists() and receipt["config"]["train_oracle"]["start_from"]
 
 
+def test_tensorboard_shows_all_generations_as_one_run_with_the_loss_and_each_tasks_score(make, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracked = lambda: make("train_oracle.tracker=tensorboard", "train_oracle.text_only_steps=0")  # noqa: E731
+    stop = StopAfter(5)  # files first, then steps
+    assert run(tracked(), stop=stop, quiet=True) == CONTINUE
+    assert run(tracked(), quiet=True) == FINISHED
+    [folder] = (tmp_path / "tracking").iterdir()
+    files = sorted(folder.iterdir())
+    assert len(files) == 2, "a file for each generation"
+    shown = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in shown.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [event.step for event in shown.Scalars("eval/carry_score")] == [2, 4]
+    assert folder.name.startswith("small-") and "tracker" not in tracked().fingerprint()["train_oracle"]
+
+
+def test_a_tracker_that_is_not_installed_is_refused(make, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it could not be imported
+    with pytest.raises(ConfigError, match="tensorboard is not installed here: pip install tensorboard"):
+        make("train_oracle.tracker=tensorboard")
+
+
+def test_wandb_gets_all_generations_under_one_run_id(make, tmp_path, monkeypatch):
+    """Offline: each generation leaves a folder that `wandb sync` sends to the same run."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    tracked = lambda: make("train_oracle.tracker=wandb", "train_oracle.text_only_steps=0")  # noqa: E731
+    assert run(tracked(), stop=StopAfter(5), quiet=True) == CONTINUE
+    assert run(tracked(), quiet=True) == FINISHED
+    [folder] = (tmp_path / "tracking").iterdir()
+    runs = [path.name for path in folder.glob("wandb/offline-run-*")]
+    assert len(runs) == 2 and all(name.endswith(f"-{folder.name}") for name in runs)
+
+
 def foreign(tmp_path: Path, **changes: str) -> Path:
     folder = tmp_path / "foreign"
     folder.mkdir()
@@ -85,7 +121,9 @@ def foreign(tmp_path: Path, **changes: str) -> Path:
         (["train_oracle.examples={layers: [1, 3]}"], ConfigError, r"examples\.layers: no layer 3; the model has 3 layers, 0 to 2"),
         (["train_oracle.injection={layer: 7}"], ConfigError, r"injection\.layer: no layer 7"),
         (["train_oracle.tasks=[yes_no]"], ConfigError, r"task 'yes_no' needs examples\.yes_no"),
-        (["train_oracle.tracker=tensorboard"], ConfigError, r"tensorboard is not installed here"),
+        (["train_oracle.tracker=tensorbord"], ConfigError, r"train_oracle\.tracker"),
+        (["train_oracle.examples={yes_no: gone.jsonl}"], ConfigError, r"train_oracle\.examples\.yes_no: no such file: gone\.jsonl"),
+        (["train_oracle.examples={pairs: gone.jsonl}"], ConfigError, r"train_oracle\.examples\.pairs: no such file: gone\.jsonl"),
         (["train_oracle.batch_size=0"], ConfigError, r"train_oracle\.batch_size"),
     ],
 )
@@ -93,6 +131,31 @@ def test_bad_settings_are_refused_before_anything_is_loaded(make, overrides, err
     with pytest.raises(error, match=message) as caught:
         make(*overrides).check()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "world", "message"),
+    [
+        ("train_oracle.batch_size=9", "2", r"batch_size: 9 examples in a step cannot be shared equally by 2 processes; set a multiple"),
+        ("train_oracle.shard=true", "1", r"shard: this is one process, which has nobody to share with"),
+    ],
+)
+def test_a_number_of_processes_that_does_not_suit_is_refused_before_anything_is_read(make, monkeypatch, override, world, message):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    job = make(override)
+    with pytest.raises(ConfigError, match=message):
+        job.build()
+    assert not (job.state / "parts").exists()
+
+
+def test_a_question_file_is_known_by_its_content(make, tmp_path):
+    path = tmp_path / "mine.jsonl"
+    asked = [f"train_oracle.examples={{yes_no: {path}}}", "train_oracle.tasks=[yes_no]"]
+    found = []
+    for answer in ("yes", "no"):
+        write_jsonl(path, [{"problem_id": "1+1", "question": "Is it?", "answer": answer}])
+        found.append(make(*asked).fingerprint())
+    assert found[0] != found[1] and make().fingerprint()["files"] == {}
 
 
 def test_an_adapter_of_another_model_is_refused_before_any_step(make, tmp_path):
@@ -117,6 +180,24 @@ def test_labels_that_cannot_be_trained_on_are_refused_with_the_table(make):
     with pytest.raises(LabelError, match=r"carry.*too few examples") as caught:
         make("train_oracle.audit={min_per_split: 5000}").build()
     assert "most frequent target" in str(caught.value)
+
+
+def test_what_label_sentences_worries_about_is_told_before_training(make, caplog):
+    job = make("train_oracle.tasks=[carry,sentence_class]")
+    folder = job.results.parent / "label_sentences"
+    folder.mkdir()
+    (folder / "sentences.jsonl").touch()
+    write_json(folder / "audit.json", {"warnings": ["in 9 of 9 traces ..."]})
+    outputs = hash_outputs(folder)
+    write_json(folder / RECEIPT, {"schema_version": 1, "outputs": outputs, "digest": digest(outputs)})
+    with pytest.raises(LabelError, match="sentence_class: no examples at all"):
+        job.build()
+    assert "label_sentences: in 9 of 9 traces ..." in caplog.messages
+
+
+def test_the_audit_knows_how_long_an_answer_may_be(make):
+    with pytest.raises(LabelError, match=r"context_prediction: targets of up to \d+ tokens, but answers end at 3"):
+        make("train_oracle.tasks=[context_prediction]", "train_oracle.max_new_tokens=3").build()
 
 
 def test_only_the_results_that_the_tasks_ask_for_are_needed(calibrated, tmp_path):

@@ -24,8 +24,9 @@ from tribunal.models.adapters import detach, new_adapter
 from tribunal.models.loading import LoadedModel, load_model
 from tribunal.models.lora import LoraSettings
 from tribunal.models.oracle_batches import Injection, Lesson, StepBatches, StepPlan, answer_loss, collate, injected
-from tribunal.models.oracle_training import KEPT, SharedFiles, Validation, best_weights, kept_steps, make_trainer
+from tribunal.models.oracle_training import KEPT, VALIDATION, SharedFiles, Validation, best_weights, kept_steps, make_trainer
 from tribunal.models.residual import residual_hooks
+from tribunal.models.sharding import shard_frozen
 from tribunal.models.training import TrainerWork
 
 WIDTH, STEPS, PAD = 32, 6, 0
@@ -145,8 +146,13 @@ def test_the_head_runs_only_where_an_answer_is_predicted(loaded):
     assert set(batch["keep"].tolist()) == wanted
 
 
-def trainer_for(output_dir: Path, callbacks: list, *, folder: Path, dropout: float = 0.1, **changes):
+def trainer_for(output_dir: Path, callbacks: list, *, folder: Path, dropout: float = 0.1, shard: bool = False, **changes):
     loaded = tiny(folder)
+    if shard:
+        detach(loaded.model)
+        whole = sum(weight.nbytes for weight in loaded.model.parameters())
+        shard_frozen(loaded.model)
+        assert sum(weight.to_local().nbytes for weight in loaded.model.parameters()) < 0.51 * whole, "each process holds half"
     peft = new_adapter(loaded, LoraSettings(rank=2, alpha=4, dropout=dropout), seed=0)
     given = {
         "injection": INJECTION, "pad_id": PAD, "steps": STEPS, "batch_size": 4, "batch_tokens": 40, "learning_rate": 1e-2,
@@ -161,6 +167,8 @@ def judged(loaded: LoadedModel) -> Validation:
     """The score says that step 4 is the best one."""
     weights = [weight for name, weight in loaded.model.named_parameters() if "lora_B" in name]
     judged.calls += 1
+    with torch.no_grad():
+        loaded.model(torch.tensor([[5, 6, 7]]))
     size = float(sum(weight.abs().sum() for weight in weights).detach())
     return Validation(score=0.5, loss=abs(size - judged.goal), tasks={"made": {"score": 0.5, "loss": size}})
 
@@ -186,6 +194,7 @@ def outcome(folder: Path, stops: list[int], **given) -> tuple:
 
 def test_stopped_after_any_step_and_resumed_it_keeps_the_same_adapters_and_the_same_curve(tmp_path):
     whole = outcome(tmp_path / "whole", [])
+    assert outcome(tmp_path / "checkpointing", [3], gradient_checkpointing=True) == whole, "computing blocks again changes nothing"
     assert set(whole[2]) == {3, 6} and [row["step"] for row in whole[3]] == [2, 4, 6] and len(whole[4]) == STEPS
     for stops in ([2], [3], [1] * (STEPS - 1)):
         assert outcome(tmp_path / str(stops), stops) == whole, f"stopped after {stops} steps"
@@ -212,7 +221,8 @@ def test_a_file_is_named_while_it_is_made_and_one_that_ended_the_process_twice_e
 
     def files(folder: str, *set_aside: str) -> SharedFiles:
         journal = Journal(tmp_path / folder, writer="0-of-1.1", attempts=note, set_aside=frozenset(set_aside))
-        return SharedFiles(2, make=lambda number: {"seen": json.loads(note.read_text())["keys"]}, key="file/{}".format, journal=journal)
+        make = lambda number: {"seen": json.loads(note.read_text())["keys"]}  # noqa: E731
+        return SharedFiles(2, make=make, key="file/{}".format, journal=journal, device=torch.device("cpu"))
 
     work = files("whole")
     assert work.run(Never()) and [work.journal[f"file/{n}"]["seen"] for n in (0, 1)] == [["file/0"], ["file/1"]]
@@ -229,10 +239,13 @@ def test_two_processes_train_the_adapter_that_one_does(tmp_path):
         port = free.getsockname()[1]
     tiny_folder(tmp_path / "model", width=WIDTH)
     torch.multiprocessing.spawn(_rank, args=(tmp_path, port), nprocs=2)
+    finished = [CheckpointStore(tmp_path / name / "states", owner="test").newest().path for name in ("pair", "shards")]
+    for name in ("adapter_model.safetensors", f"{KEPT}/best.safetensors", f"{KEPT}/{VALIDATION}", "optimizer.pt", "scheduler.pt"):
+        assert len({sha256_file(path / name) for path in finished}) == 1, f"{name}: sharding the frozen weights changed it"
     assert _work(tmp_path / "alone", tmp_path / "model").run(Never())
     alone, pair = (CheckpointStore(tmp_path / name / "states", owner="test").newest().path for name in ("alone", "pair"))
-    curves = [[(row["loss"], row["grad_norm"]) for row in json.loads((path / "trainer_state.json").read_text())["log_history"][:STEPS]]
-              for path in (alone, pair)]  # fmt: skip
+    logs = [json.loads((path / "trainer_state.json").read_text())["log_history"] for path in (alone, pair)]
+    curves = [[(row["loss"], row["grad_norm"]) for row in log if "loss" in row] for log in logs]
     torch.testing.assert_close(*map(torch.tensor, curves), rtol=1e-3, atol=1e-4)
     weights = load_file(pair / "adapter_model.safetensors")
     for name, weight in load_file(alone / "adapter_model.safetensors").items():
@@ -242,14 +255,15 @@ def test_two_processes_train_the_adapter_that_one_does(tmp_path):
 def _rank(rank: int, folder: Path, port: int) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    assert not _work(folder / "pair", folder / "model").run(StopAtStep(2) if rank else Never())
-    assert _work(folder / "pair", folder / "model").run(Never())
+    for name, given in (("pair", {}), ("shards", {"shard": True, "gradient_checkpointing": True})):
+        assert not _work(folder / name, folder / "model", **given).run(StopAtStep(2) if rank else Never())
+        assert _work(folder / name, folder / "model", **given).run(Never())
     torch.distributed.destroy_process_group()
 
 
-def _work(folder: Path, model: Path) -> TrainerWork:
+def _work(folder: Path, model: Path, **given) -> TrainerWork:
     """Without dropout, whose draws are each process's own."""
-    make = partial(trainer_for, folder=model, batch_tokens=25, dropout=0.0)
+    make = partial(trainer_for, folder=model, batch_tokens=25, dropout=0.0, **given)
     return TrainerWork(make, CheckpointStore(folder / "states", owner="test"), folder / "scratch", steps=STEPS)
 
 

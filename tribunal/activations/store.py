@@ -220,27 +220,30 @@ class ActivationSet:
             self._rows[pooling] = kept
         return self._rows[pooling]
 
-    def read(self, layer: int, pooling: str, dtype: torch.dtype | None = None) -> Tensor:
+    def read(self, layer: int, pooling: str, dtype: torch.dtype | None = None, *, chosen: Tensor | None = None) -> Tensor:
         """One layer's rows, [rows, d_model], in the order of ``rows``.
 
-        A set of one shard is memory-mapped; several are copied into one tensor, each mapped while it is copied.
+        Shards are memory-mapped, so what is not chosen takes no memory. All rows of a set of one shard stay mapped.
 
         Args:
             dtype: what to convert to; by default the stored one.
+            chosen: numbers of the rows wanted, [K], in the order wanted; by default all.
         """
         self._known("layer", layer, self.layers)
         self._known("pooling", pooling, self.poolings)
         stored, _ = DTYPES[self.meta.dtype]
-        if len(self.meta.shards) == 1:
+        if chosen is None and len(self.meta.shards) == 1:
             return self._part(0, layer, pooling).to(dtype or stored)
-        count = sum(shard.rows[pooling] for shard in self.meta.shards)
-        out_RD = torch.empty(count, self.d_model, dtype=dtype or stored)
+        rows_K = torch.arange(sum(shard.rows[pooling] for shard in self.meta.shards)) if chosen is None else chosen
+        out_KD = torch.empty(len(rows_K), self.d_model, dtype=dtype or stored)
         start = 0
         for number, shard in enumerate(self.meta.shards):
             end = start + shard.rows[pooling]
-            out_RD[start:end] = self._part(number, layer, pooling)
+            here_K = (start <= rows_K) & (rows_K < end)
+            if here_K.any():
+                out_KD[here_K] = self._part(number, layer, pooling)[rows_K[here_K] - start].to(out_KD.dtype)
             start = end
-        return out_RD
+        return out_KD
 
     def _part(self, number: int, layer: int, pooling: str) -> Tensor:
         path = self.folder / self.meta.shards[number].file

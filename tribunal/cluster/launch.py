@@ -27,7 +27,7 @@ from tribunal.cluster.lease import Lease, LeaseHeld
 from tribunal.cluster.ledger import Ledger
 from tribunal.cluster.preemption import StopSignal
 from tribunal.cluster.progress import ProgressDisplay
-from tribunal.cluster.publishing import already_finished, claim_state, publish, shards_to_come
+from tribunal.cluster.publishing import already_finished, claim_state, publish, require_unchanged, shards_to_come
 from tribunal.cluster.ranks import Meeting
 from tribunal.cluster.site import use_site_values
 from tribunal.cluster.slurm import Start, this_start
@@ -203,6 +203,7 @@ def _finish_shard(job: Job[Any], stop: StopSignal, meeting: Meeting | None, quie
     what = f"{job.experiment.name}/{job.name}" + (f" shard {job.shard}" if job.shard.count > 1 else "")
     with Lease(job.lease_folder, what, facts=display.facts, on_lost=lambda: stop.request("superseded")) as lease:
         job.epoch = lease.epoch
+        require_unchanged(job)  # another start may have come in between with a configuration of its own
         if lease.took_over:
             job.fences.draw(str(job.shard), job.epoch)
         job.set_aside = units_set_aside(ledger.with_units_in_flight())

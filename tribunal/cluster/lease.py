@@ -239,6 +239,13 @@ def release_dead(folder: Path, pid: int) -> None:
     write_json(newest, {**holder, "released": True})
 
 
+def nobody_works(leases: Path) -> bool:
+    """Whether each lease of a job (a folder each) was given back, or its holder is certainly gone."""
+    newest = [path for folder in leases.glob("*") if (path := _newest(folder)) is not None]
+    holders = [_read(path) for path in newest]
+    return all(holder is not None and (holder["released"] or not _may_live(holder)) for holder in holders)
+
+
 def _boot_id() -> str:
     path = Path("/proc/sys/kernel/random/boot_id")
     return path.read_text().strip() if path.exists() else "unknown"

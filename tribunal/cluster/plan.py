@@ -11,7 +11,7 @@ from tribunal.cluster import queue
 from tribunal.cluster.job import Job, root
 from tribunal.cluster.launch import job_kind, make_job
 from tribunal.cluster.pipelines import finished, jobs_of
-from tribunal.cluster.publishing import STARTED, compare, probe_write
+from tribunal.cluster.publishing import STARTED, compare, probe_write, untouched
 from tribunal.cluster.resources import Resources, parse_limit, resolve
 from tribunal.core.config import Experiment
 from tribunal.core.errors import ConfigError, UserError
@@ -139,7 +139,7 @@ def check_folders(experiment: Experiment) -> None:
 def _refuse_changed(job: Job[Any]) -> None:
     """Refuse a configuration that the job would refuse on its first start (inputs that are still to come left out)."""
     path = job.state / STARTED
-    if job.reads_all or not path.exists():
+    if job.reads_all or not path.exists() or untouched(job):
         return
     mine, theirs = job.fingerprint(), read_json(path)
     coming = {name for name, digest in mine["inputs"].items() if digest is None}

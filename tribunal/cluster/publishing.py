@@ -15,7 +15,7 @@ from typing import Any
 
 from tribunal import __version__
 from tribunal.cluster.job import Job, Shard
-from tribunal.cluster.lease import Lease, LeaseHeld
+from tribunal.cluster.lease import Lease, LeaseHeld, nobody_works
 from tribunal.cluster.ledger import Ledger
 from tribunal.core import receipts
 from tribunal.core.errors import ConfigError
@@ -104,23 +104,33 @@ def shards_to_come(job: Job[Any]) -> int | None:
 
 
 def claim_state(job: Job[Any]) -> None:
-    """Make the job's state folder and note its configuration, or refuse one started with another."""
+    """Make the job's state folder and note its configuration, or refuse one started with another.
+
+    A start that ended before it made anything durable (its input was refused, say) binds nobody to its configuration.
+    """
     make_folder(job.state)
     for folder in (job.state, make_folder(job.results.parent)):
         probe_write(folder)
     path = job.state / STARTED
-    mine = job.fingerprint()
-    if not path.exists():
-        write_json(path, mine)
-        return
-    differences = compare(read_json(path), mine)
-    if differences and job.reads_all:
-        write_json(path, mine)
-    elif differences:
+    if not path.exists() or (compare(read_json(path), job.fingerprint()) and (job.reads_all or untouched(job))):
+        write_json(path, job.fingerprint())
+    require_unchanged(job)
+
+
+def require_unchanged(job: Job[Any]) -> None:
+    """Refuse to go on with what was started under another configuration."""
+    if differences := compare(read_json(job.state / STARTED), job.fingerprint()):
         raise ConfigError(
             f"{job.state} was started with another configuration ({'; '.join(differences)}). "
             "Give the experiment another name to start a second run, or remove that folder to start over."
         )
+
+
+def untouched(job: Job[Any]) -> bool:
+    """Whether nothing was made in the job's state folder, and nobody is at it."""
+    made = [path for name in ("states/*", "parts", "finished") for path in job.state.glob(f"{name}/*")]
+    rows = [path for name in ("journal", "metrics") for path in (job.state / name).glob("*.jsonl") if path.stat().st_size]
+    return not made and not rows and nobody_works(job.state / "leases")
 
 
 def compare(old: Any, new: Any, prefix: str = "") -> list[str]:

@@ -103,7 +103,7 @@ def resolve(job: Job[Any]) -> Resources:
         )
     extra = tuple(value("extra") or ())
     check_extra(extra, where)
-    many = job.shards or getattr(job, "distributed", False)
+    many = job.shards or job.distributed
     one_process = experiment.model.device_map is not None
     return Resources(
         partition=value("partition") or site_value("TRIBUNAL_SLURM_PARTITION"),

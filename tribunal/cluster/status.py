@@ -172,14 +172,9 @@ def _finished(experiment: str, job: str, receipt: Mapping[str, Any], most: int |
     row.unit = next((start["unit"] for start in generations if start.get("unit")), None)
     row.generation = max((sum(start["shard"] == shard for start in generations) for shard in shards), default=0)
     row.gpu_hours = sum((start["seconds"] or 0) * (start.get("gpus") or 0) for start in generations) / 3600
-    stale = []
-    for need, digest in receipt["config"].get("inputs", {}).items():
-        other = receipts.read_receipt(root() / "results" / experiment / need)
-        if other is not None and other["digest"] != digest:
-            stale.append(need)
-    if stale:
+    if why := receipts.stale(job, lambda name: receipts.read_receipt(root() / "results" / experiment / name)):
         cure = "run it again" if _reads_all(job) else "remove its results folder to make it anew"
-        row.state, row.why = "stale", f"the results of {', '.join(stale)} changed since; {cure}"
+        row.state, row.why = "stale", f"{why}; {cure}"
     return row
 
 

@@ -29,7 +29,7 @@ from tribunal.cluster.ranks import Meeting
 from tribunal.cluster.resubmission import RETRY_S, Continuation
 from tribunal.cluster.slurm import JobFacts, SlurmError, Start
 from tribunal.cluster.waiting import wait_for_inputs
-from tribunal.core.errors import StorageError
+from tribunal.core.errors import ConfigError, StorageError
 
 log = logging.getLogger(__name__)
 POLL_S = 0.05
@@ -49,6 +49,8 @@ def supervise(job: Job[Any], command: Sequence[str], *, quiet: bool = False) -> 
     """
     start = slurm.this_start()
     assert start is not None, "supervise() runs inside a SLURM job"
+    if start.ranks > 1 and not (job.shards or job.distributed):
+        raise ConfigError(f"{job.name}: started as {start.ranks} tasks, but its work is that of one process; submit it with --ntasks=1")
     preemption.install(chain=False)
     job.launched = _process_launched()
     if already_finished(job):

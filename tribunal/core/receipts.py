@@ -6,7 +6,7 @@ same plan on the same class of hardware have the same digest however often they 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def require(folder: Path, wanted_by: str) -> dict[str, Any]:
     """The receipt of a finished job whose files are all there with the right sizes (and hashes, for files up to 64 MiB).
 
     Raises:
-        InputMissing: the job has not finished.
+        InputMissing: the job has not finished, or what it read itself was made anew since.
         CorruptError: a file is missing or differs; names it.
     """
     receipt = read_receipt(folder)
@@ -55,7 +55,25 @@ def require(folder: Path, wanted_by: str) -> dict[str, Any]:
     faults = verify(folder, receipt, hash_up_to=HASH_AT_START_BYTES)
     if faults:
         raise CorruptError(f"{faults[0]}; remove the folder {folder} and run {folder.name} again")
+    if why := stale(folder.name, lambda job: read_receipt(folder.parent / job)):
+        raise InputMissing(
+            f"{wanted_by} reads the results of {folder.name}, which are stale ({why}); remove the folder {folder} and run it again"
+        )
     return receipt
+
+
+def stale(job: str, receipt_of: Callable[[str], Mapping[str, Any] | None], above: tuple[str, ...] = ()) -> str:
+    """Why a finished job's results do not belong to what it reads now, itself or further up; empty where they do.
+
+    Args:
+        receipt_of: the receipt of a job of the same experiment; None where there is none, which nothing is said of.
+    """
+    receipt = receipt_of(job) or {}
+    there = {need: (digest, found) for need, digest in receipt.get("config", {}).get("inputs", {}).items() if (found := receipt_of(need))}
+    if changed := [need for need, (digest, found) in there.items() if found["digest"] != digest]:
+        return f"{', '.join(changed)} changed since"
+    further = [need for need in there if need not in above and stale(need, receipt_of, (*above, job))]
+    return f"{', '.join(further)} {'is' if len(further) == 1 else 'are'} stale" if further else ""
 
 
 def verify(folder: Path, receipt: dict[str, Any], *, hash_up_to: float = float("inf")) -> list[str]:

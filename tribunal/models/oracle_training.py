@@ -20,6 +20,8 @@ from tribunal.core.storage import link_or_copy, make_folder, read_json, write_at
 from tribunal.core.work import Json, Progress, Stop
 from tribunal.models.adapters import WEIGHTS, adapter_bytes
 from tribunal.models.oracle_batches import Injection, Lessons, StepBatches, StepPlan, answer_loss, injected
+from tribunal.models.residual import decoder
+from tribunal.models.sharding import let_go, train_by_ddp_alone
 from tribunal.models.training import _all_ranks_here, _any_rank, training_arguments
 
 KEPT = "oracle"
@@ -67,15 +69,17 @@ class Keeper:
         """Whether there is anything to do at this step."""
         return step in self.keep_at or (self.validate is not None and step in self.validate_at)
 
-    def after_step(self, step: int, peft: Any, *, writes: bool) -> None:
-        """Validate and keep what is due at this step."""
+    def after_step(self, step: int, peft: Any, *, writes: bool) -> Validation | None:
+        """Validate and keep what is due at this step; returns what validation said."""
         make_folder(self.scratch)
-        if self.validate is not None and step in self.validate_at:
-            self.rows.append({"step": step, **self.validate()._asdict()})
+        judged = self.validate() if self.validate is not None and step in self.validate_at else None
+        if judged is not None:
+            self.rows.append({"step": step, **judged._asdict()})
             if writes and self.best is self.rows[-1]:
                 write_atomic(self.scratch / BEST, adapter_bytes(peft))
         if writes and step in self.keep_at:
             write_atomic(self.scratch / kept_name(step), adapter_bytes(peft))
+        return judged
 
     def save(self, checkpoint: Path) -> None:
         """Put what is kept into a checkpoint's folder."""
@@ -118,16 +122,18 @@ class SharedFiles:
         make: makes a file and returns its record.
         key: a file's key in the journal.
         journal: this process's; it reads those of the others.
+        device: where this process computes.
 
     ``run`` raises DataError where a file ended the process twice: whatever comes after needs them all.
     """
 
-    def __init__(self, count: int, *, make: Callable[[int], Json], key: Callable[[int], str], journal: Any) -> None:
-        self.count, self.make, self.key, self.journal = count, make, key, journal
+    def __init__(self, count: int, *, make: Callable[[int], Json], key: Callable[[int], str], journal: Any, device: torch.device) -> None:
+        self.count, self.make, self.key, self.journal, self.device = count, make, key, journal, device
 
     def run(self, stop: Stop) -> bool:
         rank, world = rank_and_world()
-        device = PartialState().device if world > 1 else torch.device("cpu")  # connects the processes: they stop together
+        # connects the processes, so that they stop together
+        device = PartialState(cpu=self.device.type == "cpu").device if world > 1 else self.device
         todo = [number for number in range(self.count) if self.key(number) not in self.journal]
         if spoilt := [self.key(number) for number in todo if self.key(number) in self.journal.set_aside]:
             raise DataError(f"{spoilt[0]} ended the process twice; lower batch_tokens or traces_per_file, then resume")
@@ -197,17 +203,23 @@ class InjectionTrainer(Trainer):
 
 
 class _Keep(TrainerCallback):
-    """Calls the keeper after each step, before anything is saved."""
+    """Calls the keeper after each step, before anything is saved, and logs what validation said for whoever tracks the run."""
 
     def __init__(self, keeper: Keeper, peft: Any) -> None:
         self.keeper, self.peft = keeper, peft
+        self.log: Callable[[dict[str, float]], None] = lambda numbers: None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not self.keeper.due(state.global_step):
             return
         training = self.peft.training
         self.peft.eval()
-        self.keeper.after_step(state.global_step, self.peft, writes=bool(args.should_save))
+        if judged := self.keeper.after_step(state.global_step, self.peft, writes=bool(args.should_save)):
+            scores = {f"eval_{task}_score": row["score"] for task, row in judged.tasks.items()}
+            due = control.should_log
+            self.log({"eval_score": judged.score, "eval_loss": judged.loss, **scores})
+            control.should_log = due  # logging takes it for done, but the step's own loss is still to come
+        let_go(self.peft)
         self.peft.train(training)
 
 
@@ -233,23 +245,18 @@ def make_trainer(
     validate: Callable[[], Validation] | None,
     validate_at: frozenset[int],
     keep_at: frozenset[int],
-    tracker: str | None = None,
-    run_id: str = "",
-    tracking: Path | None = None,
 ) -> InjectionTrainer:
     """A fresh Trainer for the whole run (see ``tribunal.models.training``); ``peft`` carries a freshly made adapter.
 
     Args:
         warmup: share of the steps with a linearly rising learning rate.
-        tracker: ``tensorboard`` or ``wandb``; all generations of a run report to one run, named ``run_id``.
-        tracking: folder that the tracker writes in, unless the environment names another.
     Raises:
         ConfigError: the environment asks for FSDP.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ConfigError(
             "ACCELERATE_USE_FSDP is set: an oracle's adapter is validated and kept whole on each GPU, which sharded weights do not allow; "
-            "unset it (several GPUs then train by DDP), or set gradient_checkpointing for memory"
+            "unset it and set train_oracle.shard, which shards the base model and leaves the adapter whole"
         )
     args = training_arguments(
         output_dir,
@@ -263,9 +270,9 @@ def make_trainer(
         max_grad_norm=max_grad_norm,
         seed=seed,
         bf16=bf16,
+        ddp_find_unused_parameters=_some_may_not_run(peft),
         use_cpu=peft.device.type == "cpu",
         **_memory_saving(gradient_checkpointing),
-        **_tracking(tracker, run_id, tracking),
     )
     plan = StepPlan(
         [lessons[i].length for i in range(len(lessons))],
@@ -279,15 +286,25 @@ def make_trainer(
     if args.should_save:
         shutil.rmtree(kept, ignore_errors=True)  # of a generation that was killed; what counts comes back with the checkpoint
     keeper = Keeper(kept, validate, validate_at, keep_at)
-    return InjectionTrainer(
+    train_by_ddp_alone(peft)
+    keep = _Keep(keeper, peft)
+    trainer = InjectionTrainer(
         model=peft,
         args=args,
         train_dataset=StepBatches(lessons, plan, steps, pad_id),
         data_collator=_the_item,
-        callbacks=[_Keep(keeper, peft), *callbacks],
+        callbacks=[keep, *callbacks],
         injection=injection,
         keeper=keeper,
     )
+    keep.log = trainer.log
+    return trainer
+
+
+def _some_may_not_run(peft: Any) -> bool:
+    """Whether the adapter has weights outside the decoder (on a vision tower, say), which text leaves without gradient."""
+    decoders = {id(weight) for weight in decoder(peft).parameters()}
+    return any(weight.requires_grad and id(weight) not in decoders for weight in peft.parameters())
 
 
 def _memory_saving(wanted: bool) -> Json:
@@ -296,15 +313,3 @@ def _memory_saving(wanted: bool) -> Json:
 
 def _the_item(items: list[Json]) -> Json:
     return items[0]
-
-
-def _tracking(tracker: str | None, run_id: str, folder: Path | None) -> Json:
-    """The Trainer's arguments for a tracker, which takes the rest from the environment."""
-    if tracker is None:
-        return {}
-    if tracker == "wandb":
-        os.environ.setdefault("WANDB_RUN_ID", run_id)
-        os.environ.setdefault("WANDB_RESUME", "allow")
-    if folder is not None:
-        os.environ.setdefault("WANDB_DIR" if tracker == "wandb" else "TENSORBOARD_LOGGING_DIR", str(make_folder(folder)))
-    return {"report_to": [tracker], "run_name": run_id}

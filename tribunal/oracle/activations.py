@@ -65,7 +65,8 @@ class ActivationSource:
         self.traces = traces
         self.store = store
         self.passes = 0
-        """Traces run through the model so far, for receipts and tests."""
+        """Traces run through the model so far; ``read``: examples whose vectors came from the store. For receipts and tests."""
+        self.read = 0
         self.device = input_device(loaded.model)
         self.batch_tokens = batch_tokens or DEFAULT_BATCH_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
         self._numbers = {key: number for number, key in enumerate(traces.keys)}
@@ -86,6 +87,7 @@ class ActivationSource:
             by_trace[example.trace_key].append(example)
         check_layers(sorted({layer for known in by_trace.values() for e in known for layer in e.layers}), self.loaded.n_layers, "layers")
         stored = {key: [e for e in known if self._in_store(e)] for key, known in by_trace.items()}
+        self.read += sum(map(len, stored.values()))
         yield from self._from_store([e for known in stored.values() for e in known])
         missing = {key: [e for e in known if not self._in_store(e)] for key, known in by_trace.items()}
         for batch in self._batches([self._wanted(key, known) for key, known in missing.items() if known]):
@@ -99,7 +101,7 @@ class ActivationSource:
         return self.store is not None and set(example.layers) <= set(self.store.layers) and all(t in tokens for t in example.tokens)
 
     def _from_store(self, examples: Sequence[Example]) -> Iterator[tuple[str, Tensor]]:
-        """One layer and pooling of the store is in memory at a time, so vectors are gathered first."""
+        """A read for each layer and pooling, of just the rows that are wanted there."""
         if not examples or self.store is None:
             return
         places: dict[tuple[int, str], list[tuple[int, int, int]]] = defaultdict(list)  # (example, which vector, row)
@@ -109,9 +111,9 @@ class ActivationSource:
                 places[layer, pooling].append((number, which, row))
         out = [torch.empty(example.n_vectors, self.store.d_model) for example in examples]
         for (layer, pooling), listed in sorted(places.items()):
-            rows_RD = self.store.read(layer, pooling)
-            for number, which, row in listed:
-                out[number][which] = rows_RD[row]
+            rows_PD = self.store.read(layer, pooling, torch.float32, chosen=torch.tensor([row for _, _, row in listed]))
+            for (number, which, _), vector_D in zip(listed, rows_PD):
+                out[number][which] = vector_D
         yield from ((example.key, vectors_KD) for example, vectors_KD in zip(examples, out))
 
     def _wanted(self, key: str, examples: Sequence[Example]) -> _Wanted:

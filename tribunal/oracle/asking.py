@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from tribunal.core.errors import ConfigError, DataError
-from tribunal.core.records import Trace, TraceLabel
+from tribunal.core.records import Span, Trace, TraceLabel
 from tribunal.core.registry import nearest
 from tribunal.core.storage import iter_jsonl
 from tribunal.models.adapters import detach, load_adapter
@@ -19,7 +20,7 @@ from tribunal.oracle.answering import Answerer, Asked
 from tribunal.oracle.examples import Example, default_layers
 from tribunal.oracle.prompts import OraclePrompts, is_builtin
 from tribunal.oracle.settings import ADAPTER, TEXT_ONLY, read_facts
-from tribunal.oracle.tasks.task import BUILTIN_VECTORS, ExampleSettings
+from tribunal.oracle.tasks.task import BUILTIN_VECTORS, BaseTask, ExampleSettings, task_class
 from tribunal.traces.files import TraceFile
 
 
@@ -53,17 +54,17 @@ def ask(
 ) -> Reply:
     """Put a question about one sentence to the oracle of ``folder``.
 
-    The sentence's last tokens are injected: as many as training injected at most, on the built-in reasoner the eleven up to
-    the boundary behind it.
+    The sentence's last tokens are injected: as many as training injected at most, on the built-in reasoner always eleven. A question
+    that is one of its tasks' is asked about the tokens and layers that the task was trained on.
 
     Args:
         traces, labels: result folders.
         trace_key: ``problem_id/sample``.
         sentence: its number in the trace, from 0.
-        layer: read this one; default: the middle one of those that it was trained on.
+        layer: read this one; default: the middle one of those that the question's task was trained on.
         step: ask the adapter kept at this step; default: the best one.
     Raises:
-        ConfigError: no such trace, sentence, layer or step; names what there is.
+        ConfigError: no such trace, sentence, layer or step, or a question that the built-in reasoner has no code for; names what there is.
     """
     facts = read_facts(folder)
     if step is not None and step not in facts.kept:
@@ -78,6 +79,7 @@ def ask(
     if not 0 <= sentence < len(label.sentences):
         raise ConfigError(f"--sentence {sentence}: trace {trace_key} has {len(label.sentences)} sentences, 0 to {len(label.sentences) - 1}")
     settings = ExampleSettings.model_validate(facts.examples)
+    task = _task_of(question, facts.tasks, builtin=is_builtin(loaded))
     span = label.sentences[sentence]
     example = Example(
         key=f"ask/{trace_key}/{sentence}",
@@ -87,8 +89,8 @@ def ask(
         question=question,
         target="?",
         choices=[],
-        tokens=_tokens(loaded, settings, trace, span.start_token, span.end_token),
-        layers=_layers(loaded, settings, layer),
+        tokens=_tokens(loaded, settings, task, trace, span),
+        layers=_layers(loaded, settings, task, layer),
         stratum=None,
         split="test",
     )
@@ -108,17 +110,27 @@ def ask(
     return Reply(text, example.tokens, example.layers, facts.best_step if step is None else step, answer, zeroed, text_only)
 
 
-def _tokens(loaded: LoadedModel, settings: ExampleSettings, trace: Trace, start: int, end: int) -> list[int]:
+def _task_of(question: str, tasks: Sequence[str], *, builtin: bool) -> type[BaseTask] | None:
+    """The task that asks this; None for a question of the user's own to a model that reads words."""
+    kinds = [task_class(name) for name in tasks]
+    matching = [kind for kind in kinds if kind.asks(question, builtin=builtin)]
+    if builtin and not matching:
+        codes = ", ".join(f"{kind.code} ({kind.name})" for kind in kinds)
+        raise ConfigError(f"question {question!r}: the built-in reasoner's oracle knows its questions by their codes: {codes}")
+    return min(matching, key=lambda kind: "{" in kind.code, default=None)  # a code with a gap may match another's
+
+
+def _tokens(loaded: LoadedModel, settings: ExampleSettings, task: type[BaseTask] | None, trace: Trace, span: Span) -> list[int]:
+    end = min(span.end_token + (task.behind if task else 0), trace.readable)
     if is_builtin(loaded):
-        end = min(end + 1, trace.readable)
         return list(range(max(-1, end - BUILTIN_VECTORS), end))
-    return list(range(max(start, end - settings.vectors), end))
+    return list(range(max(span.start_token, end - settings.vectors), end))
 
 
-def _layers(loaded: LoadedModel, settings: ExampleSettings, layer: int | None) -> list[int]:
+def _layers(loaded: LoadedModel, settings: ExampleSettings, task: type[BaseTask] | None, layer: int | None) -> list[int]:
     if layer is not None:
         if not 0 <= layer < loaded.n_layers:
             raise ConfigError(f"--layer {layer}: {loaded.name} has {loaded.n_layers} layers, 0 to {loaded.n_layers - 1}")
         return [layer]
-    known = settings.layers or ([1] if is_builtin(loaded) else default_layers(loaded.n_layers))
+    known = settings.layers or (list(task.builtin_layers) if task and is_builtin(loaded) else default_layers(loaded.n_layers))
     return known if settings.layers_per_example == "all" else [known[len(known) // 2]]

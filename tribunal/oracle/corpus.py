@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from tribunal.core.records import Problem, TraceLabel
-from tribunal.core.storage import iter_jsonl, read_jsonl
+from tribunal.core.storage import iter_jsonl, read_json, read_jsonl
 from tribunal.models.loading import LoadedModel
 from tribunal.oracle.examples import Example, build_examples
 from tribunal.oracle.prompts import is_builtin
@@ -21,6 +23,9 @@ class Corpus:
     Args:
         traces, labels: results of generate_traces and label_traces.
         sentence_labels: results of label_sentences, None where no task needs them.
+
+    Attributes:
+        warnings: what the audit of label_sentences worries about.
     """
 
     def __init__(
@@ -36,6 +41,7 @@ class Corpus:
     ) -> None:
         self.traces = TraceFile(traces / "traces.jsonl")
         self.problems: Mapping[str, Problem] = {p.id: p for p in read_jsonl(traces / "problems.jsonl", Problem)}
+        self.warnings: list[str] = [] if sentence_labels is None else read_json(sentence_labels / "audit.json")["warnings"]
         self.examples: list[Example] = list(
             build_examples(
                 make_tasks(tasks, settings, loaded.format.decode, builtin=is_builtin(loaded)),
@@ -51,6 +57,14 @@ class Corpus:
 
     def of_split(self, split: str) -> list[Example]:
         return [example for example in self.examples if example.split == split]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of every example, its question, answer and tokens: another one means other traces, labels or question files."""
+        total = hashlib.sha256()
+        for example in self.examples:
+            total.update(example.model_dump_json().encode())
+        return total.hexdigest()
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Examples by task and split."""

@@ -23,7 +23,7 @@ import torch
 
 from tribunal.core.storage import sha256_file, sha256_json
 from tribunal.core.work import Json
-from tribunal.models.adapters import find_adapter, load_adapter
+from tribunal.models.adapters import find_adapter, load_adapter, require_fit
 from tribunal.models.loading import LoadedModel
 from tribunal.models.oracle_batches import Injection
 from tribunal.oracle.activations import ActivationSource
@@ -88,6 +88,8 @@ class OracleEvaluation:
         self.steps, self.published, self.chunk, self.traces_per_file, self.seed = list(steps), list(published), chunk, traces_per_file, seed
         self.prompts = OraclePrompts(loaded, facts.placeholder)
         self.answerer = Answerer(loaded, self.prompts, Injection(**facts.injection), slots=facts.slots, max_new_tokens=facts.max_new_tokens)
+        for adapter in self.published:
+            require_fit(loaded, adapter)
         test = corpus.of_split("test")
         self.items = {task: spread([e for e in test if e.task == task], items_per_task) for task in facts.tasks}
         self._on_model: tuple[str, int | None, str | None] | None = None

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from tribunal.core.config import NO_EFFECT_ON_RESULTS, Experiment, Section
+from tribunal.core.config import ADAPTERS, NO_EFFECT_ON_RESULTS, Experiment, Section
 from tribunal.core.errors import CorruptError
 from tribunal.core.records import Record
 from tribunal.core.registry import nearest
@@ -41,7 +41,9 @@ class OracleSettings(Section):
     audit: AuditSettings = AuditSettings()
     lora: LoraSettings = LoraSettings()
     injection: InjectionSettings = InjectionSettings()
-    start_from: str | None = Field(None, description="PEFT folder or hub name to start from; lora is then not used")
+    start_from: str | None = Field(
+        None, description="PEFT folder or hub name (name@commit) to start from; lora is then not used", json_schema_extra=ADAPTERS
+    )
     placeholder: str | None = Field(None, description="placeholder token with its blank; default: ' ?' or the next that is a single token")
     from_store: bool = Field(False, description="read the activations that extract_activations stored, and run the model for the rest only")
     epochs: float = Field(1.0, gt=0, description="passes over the examples, where steps is not given")
@@ -54,7 +56,16 @@ class OracleSettings(Section):
     weight_decay: float = Field(0.01, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     bf16: bool | None = Field(None, description="autocast to bfloat16; default: where the model's weights are bfloat16")
-    gradient_checkpointing: bool = Field(False, description="compute blocks again in the backward pass: less memory, a third slower")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="compute blocks again in the backward pass: less memory, a third slower",
+        json_schema_extra=NO_EFFECT_ON_RESULTS,
+    )
+    shard: bool = Field(
+        False,
+        description="several GPUs: each holds a share of the frozen weights (FSDP) instead of all; the adapter stays whole",
+        json_schema_extra=NO_EFFECT_ON_RESULTS,
+    )
     validate_every: int | None = Field(None, ge=1, description="optimizer steps between two validations; default: a tenth of them")
     validate_items: int = Field(64, ge=1, description="validation examples of each task that are answered each time")
     keep: int = Field(4, ge=1, description="adapters kept, evenly spaced, the last step's among them; the best comes on top")
@@ -98,6 +109,7 @@ class OracleFacts(Record):
     seed: int
     tasks: list[str]
     examples: dict[str, Any] = Field(description="the examples section it was trained with")
+    examples_sha256: str = Field(description="of every example, whatever its split")
     injection: dict[str, Any]
     placeholder: str
     max_new_tokens: int
@@ -138,8 +150,14 @@ def available(experiment: Experiment, settings: ExampleSettings) -> set[Need]:
     return {need for need, given in there.items() if given}
 
 
+def question_files(settings: ExampleSettings) -> dict[str, str | None]:
+    """sha256 of each file that examples are made of besides traces and labels, by its field; None for one that is not there."""
+    given = {"pairs": settings.pairs, "yes_no": settings.yes_no}
+    return {field: sha256_file(path) if path.is_file() else None for field, path in given.items() if path is not None}
+
+
 def adapter_digest(source: str) -> str:
-    """Names an adapter by what is in its folder; one on the hub by its name. Needs no torch."""
+    """Names an adapter by what is in its folder; one on the hub by its name, and its commit where one is given. Needs no torch."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return source

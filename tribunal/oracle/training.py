@@ -21,16 +21,24 @@ from tribunal.core.work import Json, Progress, Stop, Work
 from tribunal.models.adapters import (
     WEIGHTS,
     detach,
-    find_adapter,
     load_adapter,
     new_adapter,
     portable_config,
     publish_adapter,
-    require_base,
+    require_fit,
 )
-from tribunal.models.loading import LoadedModel, identity
+from tribunal.models.loading import LoadedModel, forget_models, identity
 from tribunal.models.oracle_batches import Injection, Lesson
-from tribunal.models.oracle_training import KEPT, VALIDATION, InjectionTrainer, Validation, best_weights, kept_steps, make_trainer
+from tribunal.models.oracle_training import (
+    KEPT,
+    VALIDATION,
+    InjectionTrainer,
+    Validation,
+    best_weights,
+    kept_steps,
+    make_trainer,
+)
+from tribunal.models.sharding import is_sharded, shard_frozen
 from tribunal.oracle import figures
 from tribunal.oracle.activations import ActivationSource
 from tribunal.oracle.answering import Answerer, Asked
@@ -89,7 +97,7 @@ class OracleTraining:
             batch_tokens=settings.batch_tokens,
         )
         if settings.start_from is not None:
-            require_base(find_adapter(settings.start_from), loaded)
+            require_fit(loaded, settings.start_from)
         self.audit.require()
 
     @cached_property
@@ -99,7 +107,9 @@ class OracleTraining:
             self.settings.audit,
             tasks=self.settings.tasks,
             problems=self.corpus.problems,
-            count_tokens=lambda text: len(self.prompts.target_ids(text)) + 1,
+            count_tokens=lambda text: len(self.prompts.target_ids(text)),
+            max_new_tokens=self.settings.max_new_tokens,
+            warnings=self.corpus.warnings,
         )
 
     # Vectors ------------------------------------------------------------------------------------------------------------
@@ -125,6 +135,20 @@ class OracleTraining:
 
     # Training -----------------------------------------------------------------------------------------------------------
 
+    def require_processes(self, world: int) -> None:
+        """Refuse a number of processes that these settings do not suit, before anything is read.
+
+        Raises:
+            ConfigError: names the field and the cure.
+        """
+        if self.settings.batch_size % world:
+            raise ConfigError(
+                f"train_oracle.batch_size: {self.settings.batch_size} examples in a step cannot be shared equally by {world} processes; "
+                "set a multiple, or another number of GPUs"
+            )
+        if self.settings.shard and world == 1:
+            raise ConfigError("train_oracle.shard: this is one process, which has nobody to share with; set slurm.gpus or leave it out")
+
     @property
     def steps(self) -> int:
         """Optimizer steps of the oracle."""
@@ -146,9 +170,7 @@ class OracleTraining:
         count = min(self.settings.keep, self.steps)
         return frozenset(round(self.steps * (i + 1) / count) for i in range(count))
 
-    def oracle_trainer(
-        self, files: Callable[[], Sequence[Path]], output_dir: Path, callbacks: list[Any], **tracking: Any
-    ) -> InjectionTrainer:
+    def oracle_trainer(self, files: Callable[[], Sequence[Path]], output_dir: Path, callbacks: list[Any]) -> InjectionTrainer:
         """The oracle's Trainer. ``files`` gives the written vectors by number."""
         vectors = Vectors(self.layout, files())
         asked = [Asked(example, vectors.of(example)) for example in self.validation]
@@ -160,7 +182,6 @@ class OracleTraining:
             validate=partial(self.validate, asked),
             validate_at=self.validate_at,
             keep_at=self.keep_at,
-            **tracking,
         )
 
     def text_only_trainer(self, output_dir: Path, callbacks: list[Any]) -> InjectionTrainer:
@@ -173,6 +194,8 @@ class OracleTraining:
 
     def _trainer(self, output_dir: Path, callbacks: list[Any], **given: Any) -> InjectionTrainer:
         settings = self.settings
+        if settings.shard:
+            shard_frozen(self.loaded.model)
         if settings.start_from is None:
             peft = new_adapter(self.loaded, settings.lora, seed=self.seed)
         else:
@@ -240,6 +263,8 @@ class Phases:
             return all(phase.run(stop) for phase in self.phases)
         finally:
             detach(self.loaded.model)
+            if is_sharded(self.loaded.model):
+                forget_models()
 
     def progress(self) -> Progress:
         parts = [phase.progress() for phase in self.phases]
@@ -276,6 +301,7 @@ def publish(training: OracleTraining, out: Path, *, oracle: Path, text_only: Pat
         seed=training.seed,
         tasks=settings.tasks,
         examples=settings.examples.model_dump(mode="json"),
+        examples_sha256=training.corpus.digest,
         injection=settings.injection.model_dump(),
         placeholder=training.prompts.placeholder,
         max_new_tokens=settings.max_new_tokens,

@@ -139,7 +139,7 @@ class ProbeTraining:
         Raises:
             DataError: some are not finite.
         """
-        acts = to_device(self.activations.read(layer, pooling)[torch.as_tensor(places)])
+        acts = to_device(self.activations.read(layer, pooling, chosen=torch.as_tensor(places)))
         if not bool(torch.isfinite(acts).all()):
             bad = int((~torch.isfinite(acts).all(1)).sum())
             raise DataError(

@@ -143,7 +143,7 @@ def read(results: Path, *, leave_out: Iterable[str] = ()) -> Sources:
         raise DataError(f"{results}: no job has finished there, so there is nothing to report; tribunal run calibrate makes a start")
     jobs = {}
     for job, receipt in found.items():
-        one = Finished(job, results / job, receipt, stale(job, found))
+        one = Finished(job, results / job, receipt, receipts.stale(job, found.get))
         jobs[job] = replace(one, report=read_report(one.file(REPORT))) if REPORT in receipt["outputs"] else one
     return Sources(results.name, jobs, _part(jobs, "label_traces", AUDIT, Audit), _part(jobs, "generate_traces", SUMMARY, Summary))
 
@@ -153,15 +153,6 @@ def published(results: Path, *, leave_out: Iterable[str] = ()) -> dict[str, Mapp
     folders = sorted(path.parent for path in results.glob(f"*/{receipts.RECEIPT}"))
     found = {folder.name: receipts.read_receipt(folder) for folder in folders if not folder.name.startswith(".")}
     return {job: receipt for job, receipt in found.items() if receipt is not None and job not in set(leave_out)}
-
-
-def stale(job: str, found: Mapping[str, Mapping[str, Any]], above: tuple[str, ...] = ()) -> str:
-    """Why a job's results do not belong to what it reads now, itself or further up; empty where they do."""
-    inputs = {need: digest for need, digest in found[job]["config"].get("inputs", {}).items() if need in found}
-    if changed := [need for need, digest in inputs.items() if found[need]["digest"] != digest]:
-        return f"{', '.join(changed)} changed since"
-    further = [need for need in inputs if need not in above and stale(need, found, (*above, job))]
-    return f"{', '.join(further)} {'is' if len(further) == 1 else 'are'} stale" if further else ""
 
 
 def _part(jobs: Mapping[str, Finished], job: str, name: str, kind: type[Part]) -> Part | None:

@@ -7,6 +7,9 @@ from typing import NamedTuple
 from tribunal.core.records import Trace, TraceLabel
 from tribunal.models.reasoner import END_THINK, Step, read_completion
 
+BOUNDARY = 1
+"""Tokens of a step's boundary: the separator or the closing tag behind it."""
+
 
 class WrittenStep(NamedTuple):
     """A step with the number of its column, 1 for the last digits, and the end (exclusive) of its tokens, its boundary included."""
@@ -32,5 +35,5 @@ def written_steps(trace: Trace, label: TraceLabel) -> list[WrittenStep]:
     found, column = [], 0
     for number, (step, end) in enumerate(zip(steps, ends)):
         column += not step.redone
-        found.append(WrittenStep(column, step, end + 1, last=number == len(steps) - 1))
+        found.append(WrittenStep(column, step, end + BOUNDARY, last=number == len(steps) - 1))
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tribunal.core.records import Problem, Trace, TraceLabel
-from tribunal.oracle.tasks.addition import written_steps
+from tribunal.oracle.tasks.addition import BOUNDARY, written_steps
 from tribunal.oracle.tasks.task import BaseTask, Draft
 from tribunal.traces.sentence_labels import TraceSentences
 
@@ -20,6 +20,7 @@ class Task(BaseTask):
     phrasings = ("Which digit is carried to the next column? Answer 0 or 1.",)
     code = "c"
     needs = frozenset({"addition"})
+    behind = BOUNDARY
 
     def examples(
         self, trace: Trace, label: TraceLabel, problem: Problem, sentences: TraceSentences | None, rng: np.random.Generator

@@ -23,10 +23,11 @@ class Task(BaseTask):
     name = "random_bit"
     phrasings = ("A coin was thrown for this text. What did it show? Answer 0 or 1.",)
     code = "r"
+    behind = 1
 
     def examples(
         self, trace: Trace, label: TraceLabel, problem: Problem, sentences: TraceSentences | None, rng: np.random.Generator
     ) -> list[Draft]:
-        ends = [min(span.end_token + 1, trace.readable) for span in label.sentences]
+        ends = [min(span.end_token + self.behind, trace.readable) for span in label.sentences]
         chosen = [ends[i] for i in self.some(len(ends), rng)]
         return [Draft(self.ask(rng), bit_of(trace.key), self.window(end, rng), ["0", "1"]) for end in chosen]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from tribunal.core.records import Problem, Trace, TraceLabel
-from tribunal.oracle.tasks.addition import written_steps
+from tribunal.oracle.tasks.addition import BOUNDARY, written_steps
 from tribunal.oracle.tasks.task import BaseTask, Draft
 from tribunal.traces.sentence_labels import TraceSentences
 
@@ -19,6 +19,7 @@ class Task(BaseTask):
     phrasings = ("Which column of the sum was just added, counted from the right? Answer with a number.",)
     code = "i"
     needs = frozenset({"addition"})
+    behind = BOUNDARY
 
     def examples(
         self, trace: Trace, label: TraceLabel, problem: Problem, sentences: TraceSentences | None, rng: np.random.Generator

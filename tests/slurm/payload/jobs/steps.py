@@ -23,6 +23,7 @@ class Config(Section):
 class Steps(Job[Config]):
     name = "steps"
     uses = ("seed",)
+    distributed = True
     resources = SlurmJob(time="0:10:00", nodes=1, gpus=0, cpus=1, mem_gb=2)
 
     def build(self) -> Any:
