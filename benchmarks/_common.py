@@ -1,4 +1,4 @@
-"""What the benchmarks share: a clock that suits the device, the matmul peak, and paired timing."""
+"""What the benchmarks share: a clock that suits the device, the matmul peak, paired timing, and bars."""
 
 from __future__ import annotations
 
@@ -62,3 +62,9 @@ def paired_seconds(ways: Mapping[str, Callable[[], float]], repeats: int) -> dic
 def ratio(seconds: Mapping[str, list[float]], slow: str, fast: str) -> float:
     """How many times faster ``fast`` is: the median over repeats of the ratio within a repeat."""
     return median(s / f for s, f in zip(seconds[slow], seconds[fast]))
+
+
+def bar(name: str, value: float, least: float) -> bool:
+    """Print whether a value reaches its bar."""
+    print(f"{'PASS' if value >= least else 'FAIL'}  {name}: {value:.2f} (at least {least:g})")
+    return value >= least

@@ -26,40 +26,24 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks._common import clock, matmul_peak_flops, paired_seconds, ratio
+from benchmarks._common import bar, clock, matmul_peak_flops, paired_seconds, ratio
+from benchmarks._random import PROMPT_TOKENS, SHAPES, VOCABULARY, forward_flops, make_model, random_trace
 from tribunal.activations.extraction import Extractor, Pair
 from tribunal.activations.plan import LabelledTraces
 from tribunal.activations.store import tensor_name
-from tribunal.core.records import Span, Trace, TraceLabel
+from tribunal.core.records import Span, TraceLabel
 from tribunal.core.storage import write_jsonl
 from tribunal.models.bridge import BridgeReader
 from tribunal.models.residual import hook_point
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "small": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4, head_dim=64),
-    "qwen3-8b": dict(
-        hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128
-    ),
-}
-VOCABULARY = {"small": 8192, "qwen3-8b": 151_936}
 LAYERS = {"small": [4, 6, 7, 9], "qwen3-8b": [12, 18, 21, 24]}
 POOLINGS = ["mean", "last", "sentence"]
-SENTENCE_TOKENS, PROMPT_TOKENS = 16, 20
+SENTENCE_TOKENS = 16
 TOLERANCE = {"cpu": 1e-4, "cuda": 0.05}  # of a row's norm; the GPU runs in bfloat16
 BARS = {"HF, batch 1": 1.3, "bridge, filter": 1.7}
 BOUND_BAR = 0.5
 MEMORY_TRACES = (40, 160)
-
-
-def make_model(shape: str, device: str) -> Qwen3ForCausalLM:
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
-    with torch.device(device):
-        model = Qwen3ForCausalLM(Qwen3Config(**SHAPES[shape], vocab_size=VOCABULARY[shape], tie_word_embeddings=False))
-    torch.set_default_dtype(torch.float32)
-    return model.eval()
 
 
 def make_pairs(count: int, vocabulary: int) -> list[Pair]:
@@ -68,24 +52,8 @@ def make_pairs(count: int, vocabulary: int) -> list[Pair]:
     pairs = []
     for number in range(count):
         length = 600 if number == 0 else min(600, max(50, round(draw.lognormvariate(5.2, 0.5))))
-        readable = length - PROMPT_TOKENS
-        ids = [draw.randrange(vocabulary) for _ in range(length)]
-        trace = Trace(
-            problem_id=f"p{number}",
-            sample=0,
-            prompt_ids=ids[:PROMPT_TOKENS],
-            completion_ids=ids[PROMPT_TOKENS:],
-            logprobs=[0.0] * readable,
-            finish_reason="stop",
-            seed=0,
-            readable=readable,
-            thought="",
-            thought_end=None,
-            response="",
-            model="random@0",
-            template_sha256="0" * 64,
-        )
-        ends = [*range(SENTENCE_TOKENS, readable, SENTENCE_TOKENS), readable]
+        trace = random_trace(number, length, draw, vocabulary)
+        ends = [*range(SENTENCE_TOKENS, trace.readable, SENTENCE_TOKENS), trace.readable]
         spans = [Span(start_char=0, end_char=0, start_token=s, end_token=e) for s, e in zip([0, *ends], ends)]
         label = TraceLabel(problem_id=trace.problem_id, sample=0, verdict="correct", answer="", gold="", stratum=None, sentences=spans)
         pairs.append((trace, label))
@@ -108,14 +76,6 @@ def plain_pool(pairs: list[Pair], states: States, layers: list[int], device: str
                 kept[layer, "last"].append(hidden[-1:].float().cpu())
                 kept[layer, "sentence"].append(hidden[ends].float().cpu())
     return {name: torch.cat(rows) for name, rows in kept.items()}
-
-
-def flop_bound(pairs: list[Pair], shape: dict[str, Any], n_blocks: int) -> float:
-    """Multiply-adds x 2 of the linear layers and of causal attention in the blocks that must run."""
-    d, heads, kv, head = (shape[k] for k in ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"))
-    weights = d * head * (2 * heads + 2 * kv) + 3 * d * shape["intermediate_size"]
-    lengths = [len(trace.prompt_ids) + trace.readable for trace, _ in pairs]
-    return n_blocks * sum(2 * weights * length + 2 * heads * head * length**2 for length in lengths)
 
 
 def largest_difference(got: Pooled, expected: Pooled) -> float:
@@ -228,7 +188,7 @@ def compare(args: argparse.Namespace) -> bool:
         end.send("stop")
         results[name] = {key: torch.from_numpy(rows) for key, rows in end.recv().items()}
 
-    bound_s = flop_bound(pairs, shape, max(layers) + 1) / peak
+    bound_s = forward_flops([len(trace.prompt_ids) + trace.readable for trace, _ in pairs], shape, max(layers) + 1) / peak
     clock_name = "CPU seconds" if device == "cpu" and not wall else "seconds"
     print(f"{args.shape}: {len(pairs)} sequences, {tokens} tokens, layers {layers} (ours 0 too), {'+'.join(POOLINGS)} in float32")
     print(f"{device}, {args.threads} threads, {args.repeats} repeats in turn, each way in its own process; medians")
@@ -248,11 +208,6 @@ def compare(args: argparse.Namespace) -> bool:
     for name, least in BARS.items():
         good = bar(f"speed over {name}", ratio(seconds, name, "ours"), least) and good
     return bar("share of the flop bound", bound_s / median(seconds["ours"]), BOUND_BAR) and good
-
-
-def bar(name: str, value: float, least: float) -> bool:
-    print(f"{'PASS' if value >= least else 'FAIL'}  {name}: {value:.2f} (at least {least:g})")
-    return value >= least
 
 
 def memory_growth_mb(args: argparse.Namespace, count: int) -> float:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from tribunal.cluster.job import Job, Shard
-from tribunal.core.config import NO_EFFECT_ON_RESULTS, Experiment, Section, SlurmJob
+from tribunal.core.config import ADAPTERS, NO_EFFECT_ON_RESULTS, Experiment, Section, SlurmJob
 from tribunal.core.errors import ConfigError, DataError
 from tribunal.core.work import Json, OverItems, Work, one_record
 from tribunal.oracle.settings import OracleSettings, adapter_digest
@@ -30,7 +30,11 @@ class Config(Section):
 
     items_per_task: int = Field(400, ge=2, description="held-out items of each task, evenly spaced")
     steps: list[int] | Literal["all"] = Field("all", description="kept checkpoints that are asked too, besides the best one")
-    published: list[str] = Field([], description="adapters of others (PEFT folders or hub names) that are asked the same questions")
+    published: list[str] = Field(
+        [],
+        description="adapters of others (PEFT folders or hub names, name@commit) that are asked the same questions",
+        json_schema_extra=ADAPTERS,
+    )
     chunk: int = Field(200, ge=1, description="questions answered together, the unit that a stop can cost (it can change low bits)")
     bootstrap: int = Field(1000, ge=100, description="resamples of problems behind every interval")
     traces_per_file: int = Field(

@@ -21,7 +21,7 @@ from tribunal.core.records import Problem, Trace, Verdict
 from tribunal.core.storage import read_jsonl, write_json, write_jsonl
 from tribunal.core.work import Json, OverItems, Stop, Work
 from tribunal.models.judge import JudgeSettings
-from tribunal.traces.sentence_labels import THIRDS, TIERS, RolloutSettings, SentenceLabel, TraceSentences
+from tribunal.traces.sentence_labels import THIRDS, TIERS, RolloutSettings, SentenceLabel, TraceSentences, beyond_chance
 
 
 class Config(Section):
@@ -52,6 +52,7 @@ class LabelSentences(Job[Config]):
     needs = ("generate_traces", "label_traces")
     uses = ("model", "seed")
     shards = True
+    only_if_read = True
     resources = SlurmJob(time="4:00:00", nodes=1, gpus=1, cpus=8, mem_gb=64)
 
     def check(self) -> None:
@@ -103,18 +104,14 @@ class LabelSentences(Job[Config]):
         done = [key for key in keys if key in self.journal or key not in self.set_aside]
         if not done:
             raise DataError(f"{self.name}: every trace ended the process and was set aside; see tribunal logs")
-        tiers = within_groups({key: self.journal[key]["importance"] for key in done}, _problem_of, TIERS)
+        tiers = within_groups({key: _ranked(self.journal[key]) for key in done}, _problem_of, TIERS)
         audit = SentenceAudit()
 
         def rows() -> Iterator[TraceSentences]:
             for key in done:
                 record = self.journal[key]
-                thirds = quantile_names(record["answer_logprob"], THIRDS)
-                columns = zip(record["classes"], record["importance"], tiers[key], record["answer_logprob"], thirds, strict=True)
-                sentences = [
-                    SentenceLabel(sentence_class=name, importance=importance, tier=tier, answer_logprob=logprob, answer_third=third)
-                    for name, importance, tier, logprob, third in columns
-                ]
+                columns = {**record, "tier": tiers[key], "answer_third": quantile_names(record["answer_logprob"], THIRDS)}
+                sentences = [SentenceLabel(**dict(zip(columns, row))) for row in zip(*columns.values(), strict=True)]
                 row = TraceSentences(problem_id=_problem_of(key), sample=int(key.rpartition("/")[2]), sentences=sentences)
                 audit.see(row)
                 yield row
@@ -143,6 +140,11 @@ class LabelSentences(Job[Config]):
 
     def _problems(self) -> dict[str, Problem]:
         return {problem.id: problem for problem in read_jsonl(self.results_of("generate_traces") / "problems.jsonl", Problem)}
+
+
+def _ranked(record: Mapping[str, Any]) -> list[float | None]:
+    """The importances that are ranked: none of a trace whose rollouts differ no more than by chance."""
+    return record["importance"] if beyond_chance(record["importance_p"]) else [None] * len(record["importance"])
 
 
 def _problem_of(key: str) -> str:

@@ -46,6 +46,7 @@ class TrainOracle(Job[Config]):
 
         where = f"{self.experiment.path}: {self.name}"
         require(self.config.tasks, available(self.experiment, self.config.examples), where)
+        self.config.examples.require_files(where)
         refuse(self.config, describe_model(self.experiment.model).n_layers, where)
 
     def fingerprint(self) -> Json:

@@ -16,22 +16,13 @@ for name in ACCOUNT PARTITION QOS; do
 done
 pipeline=calibrate
 [[ $1 == *.y*ml ]] || { pipeline=$1 && shift; }
-case $pipeline in
-    calibrate) jobs="generate_traces label_traces extract_activations train_probes" ;;
-    cross_examine) jobs="monitor_traces steer select_answers attribute_direction transfer_probes report" ;;
-    oracle) jobs="label_sentences train_oracle evaluate_oracle report" ;;
-    trial)
-        jobs="generate_traces label_traces extract_activations train_probes monitor_traces steer select_answers"
-        jobs="$jobs attribute_direction transfer_probes label_sentences train_oracle evaluate_oracle report"
-        ;;
-    *) echo "error: no pipeline '$pipeline'; expected calibrate, cross_examine, oracle or trial, then the experiment file" >&2; exit 2 ;;
-esac
 [ $# -ge 1 ] || { echo "error: give the experiment file after '$pipeline'" >&2; exit 2; }
-experiment=$(PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD python -m tribunal.cluster.by_hand --now "$@")
+made=$(PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$PWD python -m tribunal.cluster.by_hand --now "$pipeline" "$@")
+mapfile -t made <<<"$made"
 export TRIBUNAL_HOME=$PWD
 after='' names=''
-for job in $jobs; do
-    given=("$experiment")
+for job in "${made[@]:1}"; do
+    given=("${made[0]}")
     [ "$job" != report ] || given+=("report.after=[$names]")
     id=$(sbatch --parsable ${after:+"$after"} "sbatch/$job.sbatch" "${given[@]}")
     echo "$job: ${id%%;*}"

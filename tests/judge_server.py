@@ -10,13 +10,13 @@ from typing import Any
 
 
 class JudgeServer:
-    """Answers each question with what ``reply(question)`` gives: a text, or an HTTP code to fail with.
+    """Answers each question with what ``reply(question)`` gives: a text, an HTTP code to fail with (and its body), or a whole body.
 
     Attributes:
         requests: bodies of what was asked, in order, each with its ``Authorization`` header under ``key``.
     """
 
-    def __init__(self, reply: Callable[[str], str | int | bytes]) -> None:
+    def __init__(self, reply: Callable[[str], str | int | bytes | tuple[int, bytes]]) -> None:
         self.requests: list[dict[str, Any]] = []
         ours = self
 
@@ -25,7 +25,7 @@ class JudgeServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 ours.requests.append({**body, "key": self.headers.get("Authorization"), "path": self.path})
                 said = reply(body["messages"][0]["content"])
-                code = said if isinstance(said, int) else 200
+                code, said = said if isinstance(said, tuple) else (said if isinstance(said, int) else 200, said)
                 content = said if isinstance(said, bytes) else json.dumps({"choices": [{"message": {"content": str(said)}}]}).encode()
                 self.send_response(code)
                 self.send_header("Content-Length", str(len(content)))

@@ -17,7 +17,7 @@ import typer
 from tribunal import __version__, cli_cluster, cli_monitor, cli_oracle
 from tribunal.cluster import launch, preemption
 from tribunal.cluster.job import root
-from tribunal.cluster.pipelines import jobs_of, run_pipeline
+from tribunal.cluster.pipelines import jobs_of, run_pipeline, selected
 from tribunal.cluster.site import use_site_values
 
 app = typer.Typer(
@@ -130,8 +130,9 @@ def version() -> None:
 def _run(what: str, path: Path, overrides: list[str] | None, limit: int | None, shard: str | None = None) -> None:
     def body() -> int:
         preemption.install()
-        names = jobs_of(what)
+        jobs_of(what)  # an unknown name is told before a fault of the file
         experiment = launch.open_experiment(path, overrides or [], limit)
+        names = selected([what], experiment)
         if shard is not None:
             if len(names) > 1:
                 raise launch.ConfigError(f"--shard {shard}: '{what}' is a pipeline; shards are for one job")

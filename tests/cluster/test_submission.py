@@ -14,6 +14,7 @@ import pytest
 from tests.project import HERE, Project, until
 from tests.slurm.test_scripts import faults
 from tribunal.cluster.launch import make_job
+from tribunal.cluster.pipelines import selected
 from tribunal.cluster.resources import check_extra, parse_limit, resolve
 from tribunal.cluster.scripts import index_list
 from tribunal.cluster.supervision import supervise
@@ -109,6 +110,13 @@ def test_an_oracle_gets_a_task_for_each_gpu_and_a_job_of_one_process_stays_one()
     experiment = load_experiment(HERE.parent / "experiments" / "demo.yaml", ["slurm={gpus: 4}"])
     tasks = {name: resolve(make_job(name, experiment)).tasks for name in ("train_oracle", "evaluate_oracle")}
     assert tasks == {"train_oracle": 4, "evaluate_oracle": 1}
+
+
+def test_a_pipeline_labels_sentences_only_where_one_of_its_jobs_reads_the_labels():
+    demo, recipe = (load_experiment(HERE.parent / "experiments" / name) for name in ("demo.yaml", "oracle-qwen3-8b.yaml"))
+    assert selected(["oracle"], demo) == ("train_oracle", "evaluate_oracle", "report")
+    assert selected(["oracle"], recipe) == ("label_sentences", "train_oracle", "evaluate_oracle", "report")
+    assert selected(["label_sentences"], demo) == ("label_sentences",), "asked for by name"
 
 
 def test_a_job_of_one_process_that_was_started_as_several_tasks_is_refused(monkeypatch):

@@ -86,6 +86,19 @@ def test_rollouts_stopped_in_the_middle_of_a_trace_and_resumed_give_the_same_byt
     assert_resume_is_exact(lambda folder: job(folder, **config), tmp_path, monkeypatch, points=4, every=False)
 
 
+def test_a_trace_whose_rollouts_tell_nothing_from_chance_gets_importances_and_no_tier(root):
+    rollouts = {"samples": 2, "max_new_tokens": 60, "slots": 20}  # two rollouts a side cannot be told from chance
+    made = job(root, importance="rollouts", rollouts=rollouts, samples_per_problem=1, classes="none", track_answers=False)
+    assert run(made, quiet=True) == FINISHED
+    sentences = [s for row in SentenceFile(made.results / "sentences.jsonl").values() for s in row.sentences]
+    measured = [s for s in sentences if s.importance is not None]
+    assert measured and all(s.importance_p is not None and s.importance_by_chance is not None for s in measured)
+    assert all(s.tier is None for s in sentences)
+    audit = json.loads((made.results / "audit.json").read_text())
+    assert audit["importance"]["by_chance"]["traces_within_chance"] == 8
+    assert any("in 8 of 8 traces no sentence moves the answers more than chance" in line for line in audit["warnings"])
+
+
 def test_any_number_of_shards_gives_the_same_labels(tmp_path, monkeypatch):
     digests = set()
     for count in (1, 3):
@@ -97,7 +110,7 @@ def test_any_number_of_shards_gives_the_same_labels(tmp_path, monkeypatch):
     assert len(digests) == 1
 
 
-def test_a_judge_that_fails_halfway_stops_the_job_with_one_line_and_what_it_labelled_is_kept(root):
+def test_a_judge_that_fails_halfway_stops_the_job_with_one_line_and_what_it_labelled_is_kept_when_it_moves_to_another_host(root):
     questions = []
 
     def reply(question: str) -> str:
@@ -107,18 +120,16 @@ def test_a_judge_that_fails_halfway_stops_the_job_with_one_line_and_what_it_labe
         numbers = re.findall(r"^(\d+)\. ", question.partition("Sentences:")[2], re.MULTILINE)
         return "I do not know" if broken and len(questions) > 3 else json.dumps(dict.fromkeys(numbers, "fact_retrieval"))
 
+    def judged(server: JudgeServer, attempts: int) -> LabelSentences:
+        judge = {"url": server.url, "model": "stub", "attempts": attempts}
+        return job(root, classes="judge", judge=judge, importance="none", track_answers=False)
+
     broken = True
+    with JudgeServer(reply) as server, pytest.raises(JudgeError, match=r"no JSON object.*'I do not know'.*2 attempts.*kept"):
+        run(judged(server, 2), quiet=True)
+    broken, asked = False, len(questions)
     with JudgeServer(reply) as server:
-        config = {
-            "classes": "judge",
-            "judge": {"url": server.url, "model": "stub", "attempts": 2},
-            "importance": "none",
-            "track_answers": False,
-        }
-        with pytest.raises(JudgeError, match=r"no JSON object.*'I do not know'.*2 attempts.*kept"):
-            run(job(root, **config), quiet=True)
-        broken, asked = False, len(questions)
-        made = job(root, **config)
+        made = judged(server, 3)
         assert run(made, quiet=True) == FINISHED
     assert asked == 5 and len(questions) == asked + 5  # three traces were done and are not asked about again
     audit = json.loads((made.results / "audit.json").read_text())

@@ -220,7 +220,7 @@ def by_hand(folder: Path, *words: str) -> tuple[list[list[str]], str]:
 @pytest.mark.parametrize("name", pipelines.PIPELINES)
 def test_the_script_that_submits_by_hand_knows_the_same_pipelines(tmp_path: Path, name: str):
     calls, _ = by_hand(tmp_path, name, "experiments/demo.yaml", "seed=1")
-    jobs = pipelines.PIPELINES[name]
+    jobs = [job for job in pipelines.PIPELINES[name] if job != "label_sentences"]  # which no task of the demo reads
     copied = calls[0][2]
     assert load_experiment(copied).seed == 1
     for place, (job_name, call) in enumerate(zip(jobs, calls, strict=True)):
@@ -235,7 +235,7 @@ def test_the_script_that_submits_by_hand_calibrates_by_default_and_refuses_what_
     assert [call[-2] for call in calls] == [f"sbatch/{job_name}.sbatch" for job_name in pipelines.PIPELINES["calibrate"]]
     assert by_hand(tmp_path, "calibrat", "x.yaml") == (
         [],
-        "error: no pipeline 'calibrat'; expected calibrate, cross_examine, oracle or trial, then the experiment file\n",
+        "error: unknown pipeline or job 'calibrat'; did you mean 'calibrate'?\n",
     )
 
 

@@ -133,6 +133,8 @@ def foreign(tmp_path: Path, **changes: str) -> Path:
         (["train_oracle.injection={layer: 7}"], ConfigError, r"injection\.layer: no layer 7"),
         (["train_oracle.tasks=[yes_no]"], ConfigError, r"task 'yes_no' needs examples\.yes_no"),
         (["train_oracle.tracker=tensorbord"], ConfigError, r"train_oracle\.tracker"),
+        (["train_oracle.examples={yes_no: gone.jsonl}"], ConfigError, r"train_oracle\.examples\.yes_no: no such file: gone\.jsonl"),
+        (["train_oracle.examples={pairs: gone.jsonl}"], ConfigError, r"train_oracle\.examples\.pairs: no such file: gone\.jsonl"),
         (["train_oracle.batch_size=0"], ConfigError, r"train_oracle\.batch_size"),
     ],
 )
@@ -157,11 +159,9 @@ def test_a_number_of_processes_that_does_not_suit_is_refused_before_anything_is_
     assert not (job.state / "parts").exists()
 
 
-def test_a_question_file_is_known_by_its_content_and_has_to_be_there(make, tmp_path):
+def test_a_question_file_is_known_by_its_content(make, tmp_path):
     path = tmp_path / "mine.jsonl"
     asked = [f"train_oracle.examples={{yes_no: {path}}}", "train_oracle.tasks=[yes_no]"]
-    with pytest.raises(ConfigError, match=r"examples\.yes_no: no such file: .*mine\.jsonl"):
-        make(*asked).fingerprint()
     found = []
     for answer in ("yes", "no"):
         write_jsonl(path, [{"problem_id": "1+1", "question": "Is it?", "answer": answer}])
@@ -191,6 +191,24 @@ def test_labels_that_cannot_be_trained_on_are_refused_with_the_table(make):
     with pytest.raises(LabelError, match=r"carry.*too few examples") as caught:
         make("train_oracle.audit={min_per_split: 5000}").build()
     assert "most frequent target" in str(caught.value)
+
+
+def test_what_label_sentences_worries_about_is_told_before_training(make, caplog):
+    job = make("train_oracle.tasks=[carry,sentence_class]")
+    folder = job.results.parent / "label_sentences"
+    folder.mkdir()
+    (folder / "sentences.jsonl").touch()
+    write_json(folder / "audit.json", {"warnings": ["in 9 of 9 traces ..."]})
+    outputs = hash_outputs(folder)
+    write_json(folder / RECEIPT, {"schema_version": 1, "outputs": outputs, "digest": digest(outputs)})
+    with pytest.raises(LabelError, match="sentence_class: no examples at all"):
+        job.build()
+    assert "label_sentences: in 9 of 9 traces ..." in caplog.messages
+
+
+def test_the_audit_knows_how_long_an_answer_may_be(make):
+    with pytest.raises(LabelError, match=r"context_prediction: targets of up to \d+ tokens, but answers end at 3"):
+        make("train_oracle.tasks=[context_prediction]", "train_oracle.max_new_tokens=3").build()
 
 
 def test_only_the_results_that_the_tasks_ask_for_are_needed(calibrated, tmp_path):

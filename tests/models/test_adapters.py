@@ -15,8 +15,8 @@ from tribunal.core.errors import ModelError
 from tribunal.models import adapters
 from tribunal.models.adapters import (
     adapter_bytes,
-    base_model,
     detach,
+    find_adapter,
     load_adapter,
     new_adapter,
     portable_config,
@@ -24,6 +24,7 @@ from tribunal.models.adapters import (
 )
 from tribunal.models.loading import LoadedModel, load_model
 from tribunal.models.lora import LoraSettings
+from tribunal.oracle.settings import adapter_digest
 
 IDS = torch.arange(3, 13)[None]
 SMALL = LoraSettings(rank=2, alpha=4, dropout=0.0)
@@ -59,7 +60,7 @@ def test_a_published_folder_is_loaded_by_peft_itself_and_says_the_same(loaded, t
     peft = trained(loaded)
     expected = loaded.model(IDS).logits
     out = published(peft, loaded, tmp_path)
-    with base_model(peft):
+    with peft.disable_adapter():
         off = loaded.model(IDS).logits
     detach(loaded.model)
     assert torch.equal(loaded.model(IDS).logits, off) and not torch.equal(off, expected)
@@ -108,6 +109,15 @@ def test_an_adapter_that_names_another_model_is_refused(loaded, tmp_path):
     (out / adapters.CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": builtin.name, "revision": "folder:0"}))
     with pytest.raises(ModelError, match="builtin:addition@folder:0"):
         load_adapter(builtin, out)
+
+
+def test_an_adapter_on_the_hub_is_fetched_at_the_commit_that_pins_it_and_named_by_it(loaded, tmp_path, monkeypatch):
+    out, asked = published(trained(loaded), loaded, tmp_path), []
+    monkeypatch.setattr(adapters, "snapshot_download", lambda name, revision, allow_patterns: asked.append((name, revision)) or str(out))
+    load_adapter(loaded, "someone/oracle@abc123")
+    assert find_adapter("someone/oracle") == out
+    assert asked == [("someone/oracle", "abc123"), ("someone/oracle", None)]
+    assert adapter_digest("someone/oracle@abc123") != adapter_digest("someone/oracle@abc124")
 
 
 def test_a_folder_without_an_adapter_is_refused(loaded, tmp_path):

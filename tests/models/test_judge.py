@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from tests.judge_server import JudgeServer
 from tests.oracle.helpers import BUILTIN
-from tribunal.models.judge import HttpJudge, JudgeError, JudgeSettings, LocalJudge, open_judge
+from tribunal.models.judge import CutOff, HttpJudge, JudgeError, JudgeSettings, LocalJudge, open_judge
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +59,31 @@ def test_a_refused_key_a_wrong_address_and_a_server_of_another_kind_are_told_apa
             assert len(server.requests) == 1 and waits == []
 
 
+def test_what_the_server_says_of_a_question_that_it_refuses_is_shown_in_one_line_and_what_it_says_of_a_key_is_not():
+    said = b'{"error":\n "maximum context length is 4096 tokens"}' + b"x" * 500
+    with JudgeServer(lambda _: (400, said)) as server, pytest.raises(JudgeError, match="HTTP 400 Bad Request") as caught:
+        judge_of(server.url)[0].ask("q")
+    assert '{"error": "maximum context length is 4096 tokens"}xx' in str(caught.value) and "x" * 200 not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with JudgeServer(lambda _: (401, b"incorrect key: my-secret")) as server, pytest.raises(JudgeError) as caught:
+        judge_of(server.url)[0].ask("q")
+    assert "my-secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["null", '"{\\"1\\": \\"active_comp"'])
+def test_an_answer_that_ran_out_of_tokens_says_so_and_how_many_it_had(content):
+    reply = b'{"choices": [{"message": {"content": %s}, "finish_reason": "length"}]}' % content.encode()
+    with JudgeServer(lambda _: reply) as server, pytest.raises(CutOff, match=r"longer than judge\.max_new_tokens \(1024\); raise that, or"):
+        judge_of(server.url)[0].ask("q")
+
+
+def test_where_and_how_patiently_a_judge_is_asked_changes_no_label_and_may_change_on_a_resume():
+    known = JudgeSettings(url="http://a:1/v1", model="stub").fingerprint()
+    moved = JudgeSettings(url="https://b/v1", model="stub", api_key_env="MINE", timeout_s=1, attempts=9)
+    assert moved.fingerprint() == known
+    assert JudgeSettings(model="other").fingerprint() != known != JudgeSettings(model="stub", max_new_tokens=9).fingerprint()
+
+
 def test_an_unreachable_judge_is_refused_when_it_is_opened():
     with JudgeServer(lambda _: "ready") as server:
         url = server.url
@@ -78,5 +103,7 @@ def test_settings_say_which_judge_completely():
 
 
 def test_a_local_model_answers_greedily_at_first_and_anew_at_later_attempts():
-    judge = LocalJudge(JudgeSettings(kind="local", local=BUILTIN, max_new_tokens=60))
+    judge = LocalJudge(JudgeSettings(kind="local", local=BUILTIN, max_new_tokens=120))
     assert judge.ask("347 + 285 =").strip() == judge.ask("347 + 285 =").strip() == "Answer: 632"
+    with pytest.raises(CutOff, match=r"max_new_tokens \(9\)"):
+        LocalJudge(JudgeSettings(kind="local", local=BUILTIN, max_new_tokens=9)).ask("347 + 285 =")

@@ -68,9 +68,9 @@ def additions(count: int) -> list[Made]:
     return [addition((low := 10 ** (1 + n % 3)) + 7 * n + 11 % low, 8 * low // 3 + 13 * n) for n in range(count)]
 
 
-def made(sentences: Sequence[str], *, problem: str = "p", sample: int = 0, answer: str = "72", thought: bool = False, **label: Any) -> Made:
+def made(sentences: Sequence[str], *, problem: str = "p", sample: int = 0, answer: str = "72", separator: str = " ", **label: Any) -> Made:
     """A trace of sentences (one token per character), its label and its problem."""
-    text = " ".join(sentences)
+    text = separator.join(sentences)
     trace = Trace(
         problem_id=problem,
         sample=sample,

@@ -22,8 +22,9 @@ def examples(task: str, targets, *, problems: int | None = None):
     return found
 
 
-def refusals(task: str, targets, **settings):
-    return audit_examples(examples(task, targets), AuditSettings(**settings), count_tokens=lambda text: len(text.split())).refusals
+def refusals(task: str, targets, most: int = 64):
+    found = audit_examples(examples(task, targets), SETTINGS, count_tokens=lambda text: len(text.split()), max_new_tokens=most)
+    return found.refusals
 
 
 def test_balanced_closed_labels_and_different_summaries_pass():
@@ -75,19 +76,34 @@ def test_a_problem_that_is_trained_on_and_tested_is_refused_by_id_and_word_for_w
     assert "first 'p0' and 'p2'" in line
 
 
-def test_empty_cut_off_and_overlong_targets_are_refused():
+def test_empty_and_cut_off_targets_are_refused():
     good = [f"It turns on step {n}." for n in range(100)]
     assert "1 of 101 targets are empty" in refusals("reasoning_summary", [*good, " "])[0]
     assert "1 of 101 targets end in mid-sentence" in refusals("reasoning_summary", [*good, "It turns on the"])[0]
     assert refusals("context_prediction", [*good, "It turns on the"]) == []  # tokens out of a text have no end
-    [line] = refusals("context_prediction", [*good, "word " * 300])
-    assert "up to 300 tokens would be cut off at 128" in line
+
+
+def test_a_target_that_an_answer_has_no_room_for_is_refused_and_one_that_just_fits_is_not():
+    good = [f"It turns on step {n}." for n in range(100)]
+    assert refusals("context_prediction", [*good, "word " * 64]) == []
+    [line] = refusals("context_prediction", [*good, "word " * 65])
+    assert "up to 65 tokens, but answers end at 64" in line and "train_oracle.max_new_tokens" in line
+    assert refusals("context_prediction", [*good, "word " * 65], most=65) == []
 
 
 def test_a_task_without_examples_and_one_with_too_few_to_test_are_refused():
     audit = audit_examples(examples("carry", ["0", "1"] * 20), SETTINGS, tasks=["carry", "sentence_class"])
     few, none = audit.refusals
     assert "too few examples (validation 10, test 10; at least 20" in few and "sentence_class: no examples at all" in none
+    [summary] = audit_examples([], SETTINGS, tasks=["reasoning_summary"]).refusals
+    assert "label_sentences with classes: rules or judge" in summary and "a class for at least 50% of a trace's sentences" in summary
+
+
+def test_what_the_label_maker_worries_about_is_told_and_kept(caplog):
+    audit = audit_examples(examples("carry", ["0", "1"] * 100), SETTINGS, warnings=["in 9 of 9 traces ..."])
+    audit.require()
+    assert [record.message for record in caplog.records] == ["label_sentences: in 9 of 9 traces ..."]
+    assert audit.as_json()["warnings"] == ["in 9 of 9 traces ..."]
 
 
 def test_what_is_refused_comes_with_the_table_and_how_to_go_on():

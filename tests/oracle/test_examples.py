@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.oracle.helpers import BUILTIN, addition, additions, made, one_task, sentence_labels
+from tests.oracle.helpers import BUILTIN, addition, additions, example, made, one_task, sentence_labels
 from tests.traces.helpers import decode
 from tribunal.core import registry
 from tribunal.core.errors import ConfigError, DataError
 from tribunal.core.records import Problem
 from tribunal.datasets import answers
 from tribunal.models.loading import load_model
+from tribunal.oracle.audit import AuditSettings, audit_examples
 from tribunal.oracle.examples import build_examples, default_layers, split_of
 from tribunal.oracle.tasks.pairs import make_pairs
 from tribunal.oracle.tasks.random_bit import bit_of
 from tribunal.oracle.tasks.task import PACKAGE, BaseTask, ExampleSettings, make_tasks, require, task_class
+from tribunal.traces.sentence_classes import by_rules
 
 RNG = np.random.default_rng(0)
 STORY = ["She sold 48 clips.", "Half of 48 is 24.", "Wait, is that right?", "So 48 + 24 = 72.", "The answer is 72."]
@@ -63,8 +65,8 @@ def test_a_trace_that_is_no_written_sum_is_not_asked_about_steps():
 def test_no_problem_is_in_two_splits_and_its_split_depends_on_nothing_but_its_id():
     found = build(additions(40), ["step_index", "random_bit"])
     splits = {}
-    for example in found:
-        assert splits.setdefault(example.problem_id, example.split) == example.split
+    for one in found:
+        assert splits.setdefault(one.problem_id, one.split) == one.split
     alone = build(additions(40)[7:8], ["carry"], seed=5)
     assert {example.split for example in alone} == {splits[alone[0].problem_id]}
     shares = Counter(split_of(f"p{n}", test_share=0.2, validation_share=0.1) for n in range(4000))
@@ -137,11 +139,53 @@ def test_summaries_come_from_the_traces_own_classes_and_importance_so_no_two_are
         targets.add(draft.target)
         assert len(draft.tokens) == 2 and draft.tokens == sorted(draft.tokens)
     assert len(targets) == 20
-    assert (
-        "problem setup, then active computation, then uncertainty management, then active computation, then final answer emission. "
-        in min(targets)
-    )
-    assert 'It turns on "She sold 3 clips.".' in " ".join(targets)
+    phases = "problem setup, then active computation, then uncertainty management, then active computation, and 1 more phase"
+    assert f"{phases}. It turns on: She sold 3 clips." in targets
+
+
+def test_a_summary_leaves_out_what_has_no_class_and_is_made_where_at_least_half_have_one():
+    kinds = ["active_computation", None, "active_computation", "active_computation", None]
+    trace, label, problem = made(STORY)
+    rows = [{"sentence_class": kind, "importance": i} for kind, i in zip(kinds, [0.1, 0.9, 0.2, 0.3, None])]
+    [draft] = drafts("reasoning_summary", trace, label, problem, sentence_labels(trace, rows))
+    assert draft.target == "active computation, then active computation (2). It turns on: Half of 48 is 24."
+    rows[0]["sentence_class"] = None
+    assert drafts("reasoning_summary", trace, label, problem, sentence_labels(trace, rows)) == []
+
+
+def test_rules_class_enough_of_a_plain_story_for_a_summary():
+    trace, label, problem = made(["Natalia sold clips to friends.", *STORY[1:4], "Natalia is happy.", STORY[4]])
+    classes = by_rules(decode(trace.completion_ids), label)
+    assert classes.count(None) == 2
+    labels = sentence_labels(trace, [{"sentence_class": name, "importance": 0.1} for name in classes])
+    assert len(drafts("reasoning_summary", trace, label, problem, labels)) == 1
+
+
+def test_no_summary_turns_on_a_sentence_that_rollouts_do_not_tell_from_chance():
+    trace, label, problem = made(STORY)
+    rows = [{"sentence_class": kind, "importance": 0.2, "importance_p": 0.02} for kind in KINDS]  # five of them: 0.02 is chance
+    assert drafts("reasoning_summary", trace, label, problem, sentence_labels(trace, rows)) == []
+    rows[3]["importance_p"] = 0.01
+    assert len(drafts("reasoning_summary", trace, label, problem, sentence_labels(trace, rows))) == 1
+
+
+@pytest.mark.parametrize(
+    ("sentences", "turn", "finish", "quoted"),
+    [
+        (["Half of 48 is", "48 clips."], 0, "stop", "Half of 48 is."),  # the line ended there
+        (["She sold 48.", "Half of 48 is"], 1, "stop", "Half of 48 is."),
+        (["She sold 48.", "Half of 48 is"], 1, "length", "Half of 48 is"),
+        (["She sold 48.", "That is what we have:", "It is 1."], 1, "length", "That is what we have ..."),
+    ],
+)
+def test_a_summary_has_no_end_only_where_the_trace_was_cut_off_in_the_sentence_that_it_quotes(sentences, turn, finish, quoted):
+    trace, label, problem = made(sentences, separator="\n")
+    trace = trace.model_copy(update={"finish_reason": finish})
+    rows = [{"sentence_class": "problem_setup", "importance": float(i == turn)} for i in range(len(sentences))]
+    [draft] = drafts("reasoning_summary", trace, label, problem, sentence_labels(trace, rows))
+    assert draft.target.partition("It turns on: ")[2] == quoted
+    examples = [example("reasoning_summary", target=draft.target, key=str(n)) for n in range(2)]
+    assert any("end in mid-sentence" in line for line in audit_examples(examples, AuditSettings()).refusals) == (quoted[-1] != ".")
 
 
 def test_hint_use_is_asked_only_where_the_hint_can_be_what_moved_the_answer(tmp_path):
@@ -189,6 +233,26 @@ def test_your_own_questions_are_asked_of_the_trace_and_sentence_they_name(tmp_pa
     path.write_text(json.dumps({**rows[0], "answer": "maybe"}) + "\n")
     with pytest.raises(DataError, match="line 1: answer"):
         one_task("yes_no", yes_no=path)
+
+
+@pytest.mark.parametrize("lost", [{"problem_id": "q"}, {"problem_id": "p", "sample": 7}])
+def test_a_question_about_a_problem_or_sample_without_a_trace_is_refused_and_not_passed_over(tmp_path, lost):
+    path, asked = tmp_path / "mine.jsonl", {"question": "Is it about clips?", "answer": "yes"}
+    path.write_text("".join(json.dumps({**asked, **row}) + "\n" for row in [{"problem_id": "p"}, lost, lost]))
+    name = "q" if lost["problem_id"] == "q" else "p/7"
+    with pytest.raises(DataError, match=rf"mine\.jsonl: 2 of 3 lines are about .* without a trace, first '{name}'; take them out"):
+        build([made(STORY)], ["yes_no"], builtin=False, yes_no=path)
+    path.write_text(json.dumps({**asked, "problem_id": "p", "sample": 0}) + "\n")
+    truncated = made(STORY, verdict="truncated")  # it has a trace; that it is not asked about is the user's own setting
+    assert build([truncated], ["yes_no"], builtin=False, yes_no=path) == []
+
+
+@pytest.mark.parametrize(("hinted", "plain"), [("h", "gone"), ("gone", "q")])
+def test_hint_pairs_of_which_either_problem_has_no_trace_are_refused(tmp_path, hinted, plain):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"problem_id": hinted, "without": plain, "hint": "13"}) + "\n")
+    with pytest.raises(DataError, match=r"pairs\.jsonl: 1 of 1 lines are about .* without a trace, first 'gone'"):
+        build([made(STORY, problem="h"), made(STORY, problem="q")], ["hint_use"], builtin=False, pairs=path)
 
 
 def test_labels_of_other_sentences_or_traces_are_refused():

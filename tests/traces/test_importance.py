@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
-from tests.oracle.helpers import BUILTIN, addition
+from tests.oracle.helpers import BUILTIN, addition, made
 from tests.resume import StopAfter
+from tests.traces.helpers import decode
 from tribunal.core.work import Never
 from tribunal.models.loading import load_model
 from tribunal.models.suppression import Suppression
-from tribunal.traces.importance import AnswerTracker, Rollouts, by_suppression, quantile_names, total_variation, within_groups
-from tribunal.traces.sentence_labels import TIERS, RolloutSettings
+from tribunal.traces.importance import AnswerTracker, Rollouts, by_suppression, effect, quantile_names, total_variation, within_groups
+from tribunal.traces.sentence_labels import TIERS, RolloutSettings, beyond_chance
+from tribunal.traces.sentences import TokenOffsets
 
 
 def test_a_step_of_a_written_sum_matters_to_what_follows_and_the_last_sentence_to_nothing():
@@ -31,8 +35,11 @@ def test_rollouts_find_the_step_at_which_the_answer_is_decided():
     settings = RolloutSettings(samples=3, max_new_tokens=60, slots=12, temperature=0.05)
     values = Rollouts(loaded, settings, seed=0).measure(trace, label, problem, Never())
     assert values is not None
-    assert values[1] == 1.0  # before the slip all answers are 632, behind it 692
-    assert values[0] == values[2] == 0.0 and values[3] is None
+    importance, by_chance, p = values[1]
+    assert importance == 1.0  # before the slip all answers are 632, behind it 692
+    assert by_chance == pytest.approx(0.4, abs=0.02)  # three and three dealt out: 2 of 20 deals part them, 18 give a third
+    assert p == pytest.approx(2 / 20, abs=0.01)
+    assert values[0] == values[2] == (0.0, 0.0, 1.0) and values[3] is None
     assert values == Rollouts(loaded, settings, seed=0).measure(trace, label, problem, Never())
     assert Rollouts(loaded, settings, seed=0).measure(trace, label, problem, StopAfter(3)) is None
 
@@ -43,18 +50,63 @@ def test_total_variation_is_the_share_of_answers_that_would_have_to_move():
     assert total_variation(Counter("aabb"), Counter("aaab")) == pytest.approx(0.25)
 
 
+def test_of_traces_without_any_effect_few_are_ranked_and_a_sentence_that_decides_the_answer_is_found():
+    rng = np.random.default_rng(0)
+    noise = [[Counter(rng.choice(list("abc"), 10).tolist()) for _ in range(9)] for _ in range(60)]  # nine places, no effect
+    effects = [[effect(before, after, rng) for before, after in pairwise(places)] for places in noise]
+    assert 0.17 < np.mean([e.importance for trace in effects for e in trace]) < 0.3  # what tiers would rank
+    assert np.mean([e.importance for trace in effects for e in trace]) == pytest.approx(
+        np.mean([e.by_chance for trace in effects for e in trace]), abs=0.02
+    )
+    assert sum(beyond_chance([e.p for e in trace]) for trace in effects) <= 6
+    decided = [Counter("aaaaaaaabc")] * 4 + [Counter("bbbbbbbbbc")] * 5
+    assert beyond_chance([effect(before, after, rng).p for before, after in pairwise(decided)])
+    assert beyond_chance([None, None]), "suppression leaves nothing to chance"
+
+
+def test_shuffles_depend_on_the_trace_the_place_and_the_seed_alone():
+    same = [effect(Counter("aab"), Counter("abb"), np.random.default_rng(3)) for _ in range(2)]
+    assert same[0] == same[1] == effect({"b": 1, "a": 2}, {"b": 2, "a": 1}, np.random.default_rng(3))
+
+
+def test_sentences_behind_the_first_statement_of_the_answer_are_not_tracked_though_it_is_stated_again_later():
+    story = ["Half of 48 is 24.", "A sum gives 72 clips.", "Wait, check: 48 + 24 is 72.", "The answer is 72."]
+    trace, label, problem = made(story)
+    values = TrackedCharacters().logprobs(trace, label, problem)
+    assert values == [0.0, None, None, None]
+
+
+def test_a_choices_letter_counts_where_it_is_chosen_and_not_where_it_is_a_word():
+    story = ["A train goes fast.", "Is it A or B?", "The answer is A."]
+    trace, label, problem = made(story)
+    problem = problem.model_copy(update={"answer": "A", "choices": ["north", "south"]})
+    values = TrackedCharacters().logprobs(trace, label.model_copy(update={"answer": "A"}), problem)
+    assert values == [0.0, 0.0, None]
+
+
+class TrackedCharacters(AnswerTracker):
+    """Finds where the answer is stated in traces of one token per character, without a model: each tracked sentence gets 0."""
+
+    def __init__(self) -> None:
+        self._offsets = TokenOffsets(decode)
+
+    def logprobs(self, trace, label, problem):
+        token = self._answer_token(trace, label, problem)
+        return [0.0 if span.end_token <= token else None for span in label.sentences]
+
+
 def test_the_answer_is_tracked_at_sentences_before_it_is_stated_with_the_token_that_states_it():
-    trace, label, _ = addition(347, 285)
+    trace, label, problem = addition(347, 285)
     loaded = load_model(BUILTIN)
-    values = AnswerTracker(loaded).logprobs(trace, label)
+    values = AnswerTracker(loaded).logprobs(trace, label, problem)
     assert [value is None for value in values] == [False, False, False, True]
     with torch.no_grad():  # at the last layer the lens is the model's own next-token prediction
         logits = loaded.model(torch.tensor([trace.prompt_ids + trace.completion_ids])).logits[0].log_softmax(-1)
     six = loaded.tokenizer.convert_tokens_to_ids("6")
     place = len(trace.prompt_ids) + label.sentences[1].end_token - 1
     assert values[1] == pytest.approx(float(logits[place, six]), abs=1e-4)
-    assert AnswerTracker(loaded).logprobs(trace, label.model_copy(update={"answer": "999"})) == [None] * 4
-    assert AnswerTracker(loaded).logprobs(trace, label.model_copy(update={"answer": None})) == [None] * 4
+    assert AnswerTracker(loaded).logprobs(trace, label.model_copy(update={"answer": "999"}), problem) == [None] * 4
+    assert AnswerTracker(loaded).logprobs(trace, label.model_copy(update={"answer": None}), problem) == [None] * 4
 
 
 def test_tiers_are_balanced_whatever_the_values_and_equal_values_share_one():

@@ -106,6 +106,19 @@ def test_a_readable_answer_at_a_later_attempt_counts(monkeypatch):
     assert found == ["problem_setup", "active_computation"]
 
 
+def test_an_answer_that_was_cut_off_is_asked_for_again_and_never_read(monkeypatch):
+    trace, label, problem = made(["She sold 48.", "Half of it is 24."])
+    whole = '{"1": "problem_setup", "2": "active_computation"}'
+    cut = {"message": {"content": '{"1": "fact_retrieval", "2": "fact_retrieval"} or rather'}, "finish_reason": "length"}
+    replies = iter([json.dumps({"choices": [cut]}).encode(), whole])
+    with JudgeServer(lambda _: next(replies)) as server:
+        found = by_judge(decode(trace.completion_ids), label, problem, judge_of(server, monkeypatch))
+    assert found == ["problem_setup", "active_computation"]
+    message = r"trace p/0, sentences 0 to 1: .*ran out of tokens.*max_new_tokens.*2 attempts"
+    with JudgeServer(lambda _: json.dumps({"choices": [cut]}).encode()) as server, pytest.raises(JudgeError, match=message):
+        by_judge(decode(trace.completion_ids), label, problem, judge_of(server, monkeypatch))
+
+
 def test_of_several_objects_in_a_reply_the_last_counts():
     assert read_reply('{"1": "x"} no: {"1": "Self-Checking"}', 1) == ["self_checking"]
     assert Counter(read_reply(json.dumps({str(n): c for n, c in enumerate(CLASSES, 1)}), 8)) == Counter(CLASSES)

@@ -17,7 +17,7 @@ from tribunal.cluster import preemption
 preemption.install()
 
 from tribunal.cluster import launch  # noqa: E402  the handlers stand before anything else is imported
-from tribunal.cluster.pipelines import jobs_of, run_pipeline  # noqa: E402
+from tribunal.cluster.pipelines import run_pipeline, selected  # noqa: E402
 from tribunal.cluster.slurm import this_start  # noqa: E402
 from tribunal.cluster.supervision import supervise  # noqa: E402
 
@@ -27,8 +27,8 @@ def main(argv: Sequence[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     what, path, *overrides = argv
-    names = [name for part in what.split(",") for name in jobs_of(part)]
     experiment = launch.open_experiment(Path(path), overrides)
+    names = selected(what.split(","), experiment)
     if this_start() is None:
         return run_pipeline(names, experiment)
     command = [sys.executable, *sys.orig_argv[1:]]  # as it was started: -m in a checkout, or a snapshot's file

@@ -1,11 +1,11 @@
 """What a job submitted by hand runs: a copy of the code and of the resolved experiment, so that later edits change nothing.
 
     python -m tribunal.cluster.by_hand MODULE EXPERIMENT.yaml [section.key=value ...]    sbatch/task.sh, inside the job
-    python -m tribunal.cluster.by_hand --now EXPERIMENT.yaml [section.key=value ...]     sbatch/pipeline.sh, before it queues
+    python -m tribunal.cluster.by_hand --now PIPELINE EXPERIMENT.yaml [section.key=value ...]     sbatch/pipeline.sh, before it queues
 
 SLURM copies the batch script when it is queued, and nothing else. So the copy is made by the job's first start, of an array by the
-first of its tasks, and all later starts run it; ``--now`` makes it at once and prints the experiment file to submit. Inside a job
-the folder of the code and the arguments for Python are printed, one a line.
+first of its tasks, and all later starts run it; ``--now`` makes it at once and prints the experiment file to submit and the jobs. Inside a
+job the folder of the code and the arguments for Python are printed, one a line.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from tribunal.cluster import launch, snapshot
 from tribunal.cluster.job import root
+from tribunal.cluster.pipelines import jobs_of, selected
 from tribunal.cluster.site import use_site_values
 from tribunal.core.config import Experiment
 from tribunal.core.errors import UserError
@@ -77,14 +78,16 @@ def _open(given: argparse.Namespace) -> Experiment:
 
 def main() -> int:
     module, *words = sys.argv[1:]
-    stages = [words.pop(0)] if module == "tribunal.cluster" and words else []
+    stages = [words.pop(0)] if module in ("tribunal.cluster", "--now") and words else []
     given = launch.arguments("by hand").parse_intermixed_args(words)
     use_site_values()
     if module == "--now":
+        jobs_of(stages[0])  # an unknown name is told before a fault of the file
         experiment = _open(given)
+        jobs = selected(stages, experiment)
         folder = snapshot.new_submission(experiment.name)
         freeze(experiment, folder)
-        print((folder / EXPERIMENT).resolve())
+        print((folder / EXPERIMENT).resolve(), *jobs, sep="\n")
         return 0
     folder, more = given.experiment.resolve().parent, given.overrides
     if code_of(folder) is None:  # else it is one of --now

@@ -71,6 +71,7 @@ class Job(Generic[ConfigT]):
         resources: what it asks of SLURM when the experiment says nothing.
         shards: whether its plan may be split over array tasks.
         distributed: whether several processes may do its work together, one for each GPU (torch.distributed).
+        only_if_read: a pipeline leaves it out where no other of its jobs reads its results.
         reads_all: it reads whatever has finished (its section has a field ``after``): it comes last, and is made anew, not
             refused, when that changed.
     """
@@ -81,6 +82,7 @@ class Job(Generic[ConfigT]):
     resources: ClassVar[SlurmJob] = SlurmJob(time="4:00:00", nodes=1, gpus=1, cpus=8, mem_gb=64)
     shards: ClassVar[bool] = False
     distributed: ClassVar[bool] = False
+    only_if_read: ClassVar[bool] = False
     reads_all: ClassVar[bool] = False
 
     def __init__(self, experiment: Experiment, shard: Shard | None = None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tribunal.cluster.job import Job
-from tribunal.cluster.launch import make_job, run
+from tribunal.cluster.launch import job_kind, make_job, run
 from tribunal.cluster.publishing import already_finished
 from tribunal.core import registry
 from tribunal.core.config import Experiment
@@ -35,6 +35,17 @@ def jobs_of(name: str) -> tuple[str, ...]:
     if name not in jobs:
         raise ConfigError(f"unknown pipeline or job '{name}'; {registry.nearest(name, [*PIPELINES, *jobs])}")
     return (name,)
+
+
+def selected(words: Sequence[str], experiment: Experiment) -> tuple[str, ...]:
+    """The jobs that names of pipelines and jobs stand for; of a pipeline, an ``only_if_read`` one where another reads it.
+
+    Raises:
+        ConfigError: a word is neither a pipeline nor a job.
+    """
+    names = list(dict.fromkeys(name for word in words for name in jobs_of(word)))
+    read = {need for name in names for need in make_job(name, experiment).needs}
+    return tuple(name for name in names if name in read or name in words or not job_kind(name).only_if_read)
 
 
 def run_pipeline(names: Sequence[str], experiment: Experiment) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from tribunal.cluster import queue
 from tribunal.cluster.job import Job, root
 from tribunal.cluster.launch import job_kind, make_job
-from tribunal.cluster.pipelines import finished, jobs_of
+from tribunal.cluster.pipelines import finished, selected
 from tribunal.cluster.publishing import STARTED, compare, probe_write, untouched
 from tribunal.cluster.resources import Resources, parse_limit, resolve
 from tribunal.core.config import Experiment
@@ -63,9 +63,8 @@ def make_plan(experiment: Experiment, names: Sequence[str], queued: Mapping[str,
     Raises:
         UserError: one line that names what is wrong and what to do.
     """
-    wanted = [job for name in names for job in jobs_of(name)]
     plan = Plan(experiment)
-    for name in sorted(dict.fromkeys(wanted), key=_depth):
+    for name in sorted(selected(names, experiment), key=_depth):
         job = make_job(name, experiment)
         coming = [planned.job.name for planned in plan.jobs]
         waits = tuple(dict.fromkeys([*coming, *(other for other in queued if other != name)])) if job.reads_all else job.needs

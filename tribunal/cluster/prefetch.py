@@ -1,4 +1,4 @@
-"""Fetch an experiment's model and dataset on the login node, and prove that they can be read without network.
+"""Fetch an experiment's models, adapters and dataset on the login node, and prove that they can be read without network.
 
 Jobs run with hub access off: compute nodes often have none, and a thousand array tasks must not ask the hub.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tribunal.cluster.site import site_environment
-from tribunal.core.config import Experiment, ModelConfig
+from tribunal.core.config import Experiment, ModelConfig, Section, hub_name
 from tribunal.core.errors import UserError
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
@@ -36,17 +37,27 @@ def prefetch(experiment: Experiment) -> list[str]:
         os.environ.setdefault(key, value)
     for key in OFFLINE:
         os.environ.pop(key, None)  # read by the hub's library when it is imported, which has not happened yet
-    told = [fetch_model(experiment.model)]
-    if experiment.model.adapter:
-        told.append(fetch_snapshot(experiment.model.adapter, None, "adapter"))
-    return [*told, fetch_dataset(experiment)]
+    return fetch_all(experiment)
 
 
-def fetch_model(model: ModelConfig) -> str:
-    """The model's weights, tokenizer and configuration."""
-    if model.name.startswith("builtin:"):
-        return f"model {model.name}: comes with tribunal"
-    return fetch_snapshot(model.name, model.revision, "model")
+def fetch_all(experiment: Experiment) -> list[str]:
+    """Every model, every adapter and the dataset; a line for each."""
+    wanted = dict.fromkeys(found for section in (experiment.model, *experiment.sections.values()) for found in on_the_hub(section))
+    return [*(fetch_snapshot(name, revision, what) for what, name, revision in wanted), fetch_dataset(experiment)]
+
+
+def on_the_hub(section: Section) -> Iterator[tuple[str, str, str | None]]:
+    """What a section names that is a folder or lies on the hub: kind, name, revision."""
+    if isinstance(section, ModelConfig):
+        yield "model", section.name, section.revision
+    for field, info in type(section).model_fields.items():
+        value = getattr(section, field)
+        if isinstance(value, Section):
+            yield from on_the_hub(value)
+        elif value and isinstance(info.json_schema_extra, Mapping) and info.json_schema_extra.get("adapters"):
+            for source in [value] if isinstance(value, str) else value:
+                folder = Path(source).expanduser().is_dir()
+                yield ("adapter", source, None) if folder else ("adapter", *hub_name(source))
 
 
 def fetch_snapshot(name: str, revision: str | None, what: str) -> str:
@@ -55,7 +66,9 @@ def fetch_snapshot(name: str, revision: str | None, what: str) -> str:
     Raises:
         UserError: neither a folder nor to be had from the hub.
     """
-    if Path(name).is_dir():
+    if name.startswith("builtin:"):
+        return f"{what} {name}: comes with tribunal"
+    if Path(name).expanduser().is_dir():
         return f"{what} {name}: a local folder"
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -99,14 +112,10 @@ def check_offline(path: Path, overrides: list[str]) -> str:
 
 
 def read_offline(path: Path, overrides: list[str]) -> int:
-    """What a compute node does first: find the model's files and the dataset without network."""
+    """What a compute node does first: find the files of models and adapters, and the dataset, without network."""
     from tribunal.core.config import load_experiment
 
-    experiment = load_experiment(path, overrides)
-    fetch_model(experiment.model)
-    if experiment.model.adapter:
-        fetch_snapshot(experiment.model.adapter, None, "adapter")
-    fetch_dataset(experiment)
+    fetch_all(load_experiment(path, overrides))
     return 0
 
 

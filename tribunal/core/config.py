@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 NO_EFFECT_ON_RESULTS: dict[str, Any] = {"no_effect_on_results": True}
 """``json_schema_extra`` of a field that cannot change a result (device, batch size, ...): a resume may change it."""
 
+ADAPTERS: dict[str, Any] = {"adapters": True}
+"""``json_schema_extra`` of a field that names adapters, each a folder or a name on the hub: ``tribunal prefetch`` fetches them."""
+
 SectionT = TypeVar("SectionT", bound="Section")
 
 
@@ -50,7 +53,11 @@ class ModelConfig(Section):
     name: str = Field(description="Hugging Face name, a local folder, or builtin:addition (the shipped reasoner)")
     revision: str | None = Field(None, description="pinned commit of the model repository")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="weights and activations")
-    adapter: str | None = Field(None, description="PEFT (LoRA) adapter folder or name, merged on loading")
+    adapter: str | None = Field(
+        None,
+        description="PEFT (LoRA) adapter, merged on loading: a folder or a hub name, name@commit where pinned",
+        json_schema_extra=ADAPTERS,
+    )
     device: str | None = Field(
         None, description="cuda, cuda:1, cpu; default: the first GPU if there is one", json_schema_extra=NO_EFFECT_ON_RESULTS
     )
@@ -61,6 +68,12 @@ class ModelConfig(Section):
     prompt_suffix: str = Field("", description="text added to each question, e.g. 'Put the final answer in \\boxed{}.'")
     think_open: str | None = Field(None, description="opening thinking tag; default: known by tokenizer")
     think_close: str | None = Field(None, description="closing thinking tag; default: known by tokenizer")
+
+
+def hub_name(source: str) -> tuple[str, str | None]:
+    """Name and commit of an adapter on the hub, given as ``name`` or ``name@commit``."""
+    name, _, commit = source.partition("@")
+    return name, commit or None
 
 
 class DatasetConfig(Section):

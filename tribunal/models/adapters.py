@@ -1,7 +1,7 @@
 """LoRA adapters as PEFT keeps them: made anew, read from a published folder, told from those of another model, written.
 
 An adapter lives inside the base model's own modules, so ``loaded.model`` with an adapter on it *is* the adapted model; the
-base model is the same object with the adapter switched off (``base_model``) or taken off again (``detach``).
+base model is the same object with the adapter switched off (``peft.disable_adapter()``) or taken off again (``detach``).
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from tribunal.core.config import hub_name
 from tribunal.core.errors import ModelError
 from tribunal.core.storage import link_or_copy, make_folder, storage_errors, write_atomic, write_json
-from tribunal.models.loading import BUILTIN, LoadedModel, folder_digest
+from tribunal.models.loading import BUILTIN, LoadedModel
 from tribunal.models.lora import LoraSettings
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -110,15 +111,8 @@ def detach(model: nn.Module) -> None:
             model.config.use_cache = use_cache  # type: ignore[union-attr]  # a PreTrainedModel
 
 
-@contextlib.contextmanager
-def base_model(peft: Any) -> Iterator[None]:
-    """While the context is open, the adapter is off."""
-    with peft.disable_adapter():
-        yield
-
-
 def find_adapter(source: str | Path) -> Path:
-    """The folder of an adapter given by folder or by name on the hub.
+    """The folder of an adapter given by folder, or by its name on the hub (``name``, or ``name@commit`` where pinned).
 
     Raises:
         ModelError: there is none.
@@ -128,14 +122,16 @@ def find_adapter(source: str | Path) -> Path:
         if not (path / CONFIG).is_file():
             raise ModelError(f"adapter: {source} holds no {CONFIG}; give a folder that PEFT's save_pretrained wrote")
         return path
-    name = str(source)
+    name, commit = hub_name(str(source))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise ModelError(f"adapter: no such folder: {source}")
     try:
-        return Path(snapshot_download(name, allow_patterns=["adapter_*", CARD]))
+        return Path(snapshot_download(name, revision=commit, allow_patterns=["adapter_*", CARD]))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ModelError(f"adapter: {name}: cannot be fetched ({reason}); fetch it on a node with network, or give a folder") from error
+        raise ModelError(
+            f"adapter: {source}: cannot be fetched ({reason}); run tribunal prefetch on a node with network, or give a folder"
+        ) from error
 
 
 def require_base(folder: Path, loaded: LoadedModel) -> None:
@@ -153,11 +149,6 @@ def require_base(folder: Path, loaded: LoadedModel) -> None:
             f"adapter: {folder} was trained on {trained}, but the model is {loaded.name}@{loaded.revision}; "
             "give the model it belongs to, or train another adapter"
         )
-
-
-def adapter_digest(folder: Path) -> str:
-    """Names an adapter by its content."""
-    return folder_digest(folder)
 
 
 def adapter_state(peft: PeftModel) -> dict[str, Tensor]:

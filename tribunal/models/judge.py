@@ -6,6 +6,7 @@ key comes from the environment alone and is in no configuration, log or result.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -17,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic import Field, model_validator
 
-from tribunal.core.config import ModelConfig, Section
+from tribunal.core.config import NO_EFFECT_ON_RESULTS, ModelConfig, Section
 from tribunal.core.errors import UserError
 
 BUSY = frozenset({408, 409, 429, 500, 502, 503, 504, 529})
@@ -29,18 +30,31 @@ class JudgeError(UserError):
     """The judge cannot be reached, or what it says cannot be used."""
 
 
+class CutOff(JudgeError):
+    """The answer ran out of tokens; another attempt may be shorter."""
+
+
 class JudgeSettings(Section):
     """Which model judges."""
 
     kind: Literal["http", "local"] = Field("http", description="http: an OpenAI-compatible server; local: a model loaded here")
-    url: str = Field("http://localhost:8000/v1", description="http: base address; /chat/completions is added")
+    url: str = Field(
+        "http://localhost:8000/v1", description="http: base address; /chat/completions is added", json_schema_extra=NO_EFFECT_ON_RESULTS
+    )
     model: str | None = Field(None, description="http: the model's name on the server")
-    api_key_env: str = Field("OPENAI_API_KEY", description="http: environment variable with the key; unset: no key is sent")
+    api_key_env: str = Field(
+        "OPENAI_API_KEY",
+        description="http: environment variable with the key; unset: no key is sent",
+        json_schema_extra=NO_EFFECT_ON_RESULTS,
+    )
     local: ModelConfig | None = Field(None, description="local: the model, as in the experiment's model block")
-    max_new_tokens: int = Field(1024, ge=1, description="tokens of an answer")
-    timeout_s: float = Field(120, gt=0, description="http: seconds to wait for an answer")
+    max_new_tokens: int = Field(1024, ge=1, description="tokens of an answer, its thought included; one that is cut off is not used")
+    timeout_s: float = Field(120, gt=0, description="http: seconds to wait for an answer", json_schema_extra=NO_EFFECT_ON_RESULTS)
     attempts: int = Field(
-        4, ge=1, description="times a question is put before the job gives up; waits 1, 2, 4, ... s where the server is busy"
+        4,
+        ge=1,
+        description="times a question is put before the job gives up; waits 1, 2, 4, ... s where the server is busy",
+        json_schema_extra=NO_EFFECT_ON_RESULTS,
     )
 
     @model_validator(mode="after")
@@ -65,6 +79,7 @@ class Judge(Protocol):
 
         Raises:
             JudgeError: there is none.
+            CutOff: it is longer than ``max_new_tokens``.
         """
 
 
@@ -105,11 +120,12 @@ class HttpJudge:
                 return self._once(question, attempt)
             except urllib.error.HTTPError as error:
                 problem = f"HTTP {error.code} {error.reason}"
-                if error.code in (401, 403):
+                if error.code in (401, 403):  # what it says may repeat the key
                     raise JudgeError(
                         f"judge {self.name} refuses the key ({problem}); put a valid one into the environment variable "
                         f"{self.settings.api_key_env} ({'set' if os.environ.get(self.settings.api_key_env) else 'not set'} now)"
                     ) from None
+                problem += _said(error)
                 if error.code not in BUSY:
                     raise JudgeError(f"judge {self.name} refuses the question ({problem}); check judge.url and judge.model") from None
             except (OSError, http.client.HTTPException) as error:
@@ -134,9 +150,12 @@ class HttpJudge:
         with urllib.request.urlopen(request, timeout=self.settings.timeout_s) as response:
             reply = response.read(MOST_BYTES)
         try:
-            text: Any = json.loads(reply)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError):
-            text = None
+            choice: Any = json.loads(reply)["choices"][0]
+            text, finish = choice["message"]["content"], choice.get("finish_reason")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            text = finish = None
+        if finish == "length":
+            raise _cut_off(self)
         if not isinstance(text, str):
             raise JudgeError(f"judge {self.name} sent no chat completion ({reply[:120]!r}); is judge.url an OpenAI-compatible server?")
         return text
@@ -163,5 +182,23 @@ class LocalJudge:
         prompt_ids = loaded.format.prompt_ids(Problem(id="judge", question=question, answer="-", dataset="judge", revision="judge"))
         sampler = Sampler(loaded.model, eos_ids=loaded.eos_ids, slots=1, temperature=0.0 if attempt == 0 else 0.7)
         request = Request("judge", prompt_ids, self.settings.max_new_tokens, stream(0, question, attempt))
-        done = [finished for step in sampler.run([request]) for finished in step]
-        return loaded.format.read(done[0].tokens, prompt_ids).response
+        [done] = [finished for step in sampler.run([request]) for finished in step]
+        if done.finish_reason == "length":
+            raise _cut_off(self)
+        return loaded.format.read(done.tokens, prompt_ids).response
+
+
+def _cut_off(judge: HttpJudge | LocalJudge) -> CutOff:
+    return CutOff(
+        f"judge {judge.name} ran out of tokens: its thought and answer are longer than judge.max_new_tokens "
+        f"({judge.settings.max_new_tokens}); raise that, or let it answer without a thought"
+    )
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """The first 200 characters of what the server says of its refusal, in one line."""
+    body = b""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        body = error.read(2000)
+    text = " ".join(body.decode(errors="replace").split())[:200]
+    return f": {text}" if text else ""

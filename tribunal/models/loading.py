@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from tribunal.core.config import ModelConfig
+from tribunal.core.config import ModelConfig, hub_name
 from tribunal.core.errors import ModelError
 from tribunal.models.describe import BUILTIN, ModelShape, Source, describe, hf_config, one_line
 from tribunal.models.formats import PromptFormat
@@ -174,9 +174,10 @@ def _merge_adapter(model: PreTrainedModel, adapter: str) -> tuple[PreTrainedMode
         raise ModelError(f"model.adapter: {adapter} holds no adapter_config.json; give a folder that PEFT's save_pretrained wrote")
     if not path.is_dir() and (adapter.startswith((".", "/", "~")) or adapter.count("/") != 1):
         raise ModelError(f"model.adapter: no such folder: {adapter}")
+    name, commit = (str(path), None) if path.is_dir() else hub_name(adapter)
     try:
-        merged = PeftModel.from_pretrained(model, str(path) if path.is_dir() else adapter).merge_and_unload()
+        merged = PeftModel.from_pretrained(model, name, revision=commit).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"model.adapter: {adapter} cannot be put on this model ({reason}); was it trained on another one?") from error
-    return merged, folder_digest(path) if path.is_dir() else "hub"
+    return merged, folder_digest(path) if path.is_dir() else commit or "hub"

@@ -65,6 +65,10 @@ class Keeper:
         """The row with the best score, then the lowest loss, then the earliest step."""
         return max(self.rows, key=lambda row: (row["score"], -row["loss"], -row["step"]), default=None)
 
+    def due(self, step: int) -> bool:
+        """Whether there is anything to do at this step."""
+        return step in self.keep_at or (self.validate is not None and step in self.validate_at)
+
     def after_step(self, step: int, peft: Any, *, writes: bool) -> Validation | None:
         """Validate and keep what is due at this step; returns what validation said."""
         make_folder(self.scratch)
@@ -160,18 +164,20 @@ class InjectionTrainer(Trainer):
     def __init__(self, *args: Any, injection: Injection, keeper: Keeper, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.injection, self.keeper = injection, keeper
+        self._plain: Any = None
 
     def training_step(self, model: Any, inputs: Json, num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward for all passes of a step; gradients are summed over processes once, at the last one."""
-        model.train()
+        if self._plain is None:  # once: both walk over all modules, and an 8B model with an adapter has 3000
+            model.train()
+            self._plain = self.accelerator.unwrap_model(model)
         inputs = self._prepare_inputs(inputs)
-        plain = self.accelerator.unwrap_model(model)
         scale = self.accelerator.num_processes / inputs["n_labels"]  # gradients are averaged over processes
         total = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(inputs["passes"], 1):
             last = number == len(inputs["passes"])
             # the injection stays in place while blocks run again in the backward pass (gradient checkpointing)
-            with nullcontext() if last else self.accelerator.no_sync(model), injected(plain, batch, self.injection):
+            with nullcontext() if last else self.accelerator.no_sync(model), injected(self._plain, batch, self.injection):
                 with self.compute_loss_context_manager():
                     loss = answer_loss(model, batch) * scale
                 self.accelerator.backward(loss)
@@ -204,6 +210,8 @@ class _Keep(TrainerCallback):
         self.log: Callable[[dict[str, float]], None] = lambda numbers: None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not self.keeper.due(state.global_step):
+            return
         training = self.peft.training
         self.peft.eval()
         if judged := self.keeper.after_step(state.global_step, self.peft, writes=bool(args.should_save)):

@@ -38,6 +38,16 @@ class _Wanted(NamedTuple):
     places: set[Place]
 
 
+class _Read(NamedTuple):
+    """What one pass read of a layer: states, and the row of each (trace, token)."""
+
+    rows_PD: Tensor
+    places: dict[tuple[str, int], int]
+
+    def at(self, key: str, tokens: Sequence[int]) -> Tensor:
+        return self.rows_PD[[self.places[key, token] for token in tokens]]
+
+
 class ActivationSource:
     """Hands out the vectors of examples.
 
@@ -84,8 +94,7 @@ class ActivationSource:
             read = self._run(batch)
             for wanted in batch:
                 for example in missing[wanted.key]:
-                    rows = [read[wanted.key, token, layer] for layer in example.layers for token in example.tokens]
-                    yield example.key, torch.stack(rows)
+                    yield example.key, torch.cat([read[layer].at(wanted.key, example.tokens) for layer in example.layers])
 
     def _in_store(self, example: Example) -> bool:
         tokens = self._stored.get(example.trace_key, {})
@@ -129,8 +138,8 @@ class ActivationSource:
             yield waiting[:size]
             del waiting[:size]
 
-    def _run(self, batch: Sequence[_Wanted]) -> Mapping[tuple[str, int, int], Tensor]:
-        """One pass: the wanted states [D] by (trace, token, layer)."""
+    def _run(self, batch: Sequence[_Wanted]) -> Mapping[int, _Read]:
+        """One pass: the wanted states by layer."""
         ids_BL = torch.zeros(len(batch), len(batch[0].ids), dtype=torch.long)
         by_layer: dict[int, list[tuple[int, int]]] = defaultdict(list)
         for row, wanted in enumerate(batch):
@@ -157,13 +166,12 @@ class ActivationSource:
                 f"lower batch_tokens (now {self.batch_tokens})"
             ) from error
         self.passes += len(batch)
-        found: dict[tuple[str, int, int], Tensor] = {}
+        found: dict[int, _Read] = {}
         for layer, rows_PD in read.items():
             rows_PD = rows_PD.cpu()
             if not torch.isfinite(rows_PD).all():
                 raise ModelError(f"layer {layer}: the model gives NaN or infinity; load it with model.dtype=bfloat16 or float32")
-            for (row, token), vector_D in zip(by_layer[layer], rows_PD):
-                found[batch[row].key, token, layer] = vector_D
+            found[layer] = _Read(rows_PD, {(batch[row].key, token): number for number, (row, token) in enumerate(by_layer[layer])})
         return found
 
     def _check_store(self, store: ActivationSet) -> None:

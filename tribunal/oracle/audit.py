@@ -7,9 +7,10 @@ targets with exact probabilities that no answer can match, test problems that we
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +20,9 @@ from tribunal.core.config import Section
 from tribunal.core.errors import LabelError
 from tribunal.core.records import Problem
 from tribunal.oracle.examples import Example
-from tribunal.oracle.tasks.task import task_class
+from tribunal.oracle.tasks.task import NEEDED_FROM, SENTENCE_ENDS, task_class
 
+log = logging.getLogger(__name__)
 Json = dict[str, Any]
 SPLITS = ("train", "validation", "test")
 EXACT_NUMBER = re.compile(r"(?<![\w.])\d*\.\d{2,}(?![\w.])|(?<![\w.])\d+(?:\.\d+)?\s?%")
@@ -38,7 +40,6 @@ class AuditSettings(Section):
         0.2, ge=0, le=1, description="refuse a task of free answers with more targets that hold an exact number"
     )
     min_per_split: int = Field(20, ge=1, description="refuse a task with fewer examples in a split")
-    max_answer_tokens: int = Field(128, ge=2, description="refuse a task with longer targets: they would be cut off when generated")
 
 
 @dataclass
@@ -68,11 +69,13 @@ class LabelAudit:
     Attributes:
         rows: by task, what ``audit.json`` holds.
         refusals: one line for each reason not to train on a task; names the task, the value, the limit and what to do.
+        warnings: of the job that made the labels.
     """
 
-    def __init__(self, rows: dict[str, Json], refusals: list[str]) -> None:
+    def __init__(self, rows: dict[str, Json], refusals: list[str], warnings: list[str]) -> None:
         self.rows = rows
         self.refusals = refusals
+        self.warnings = warnings
 
     def table(self) -> str:
         """The rows as text, a line for each task."""
@@ -85,17 +88,19 @@ class LabelAudit:
         return "\n".join(lines)
 
     def require(self) -> None:
-        """Stop before training when there is anything to refuse.
+        """Tell every warning, and stop before training when there is anything to refuse.
 
         Raises:
             LabelError: the table, every reason, and how to go on.
         """
+        for line in self.warnings:
+            log.warning("label_sentences: %s", line)
         if self.refusals:
             reasons = "\n".join(f"  - {line}" for line in self.refusals)
             raise LabelError(f"the oracle's labels cannot be trained on:\n{reasons}\n{self.table()}")
 
     def as_json(self) -> Json:
-        return {"tasks": self.rows, "refusals": self.refusals}
+        return {"tasks": self.rows, "refusals": self.refusals, "warnings": self.warnings}
 
 
 def audit_examples(
@@ -105,6 +110,8 @@ def audit_examples(
     tasks: Iterable[str] = (),
     problems: Mapping[str, Problem] | None = None,
     count_tokens: Callable[[str], int] | None = None,
+    max_new_tokens: int | None = None,
+    warnings: Sequence[str] = (),
     where: str = "train_oracle",
 ) -> LabelAudit:
     """Count the examples, streamed, and say what is wrong.
@@ -114,6 +121,8 @@ def audit_examples(
         tasks: those that were asked for: one without any example is refused.
         problems: by id, to find the same question under two ids.
         count_tokens: an answer's number of tokens; without it lengths are not looked at.
+        max_new_tokens: of a generated answer: a longer target could never be answered whole.
+        warnings: of the job that made the labels, told with the rest.
         where: the job's section, for messages.
     """
     counted: dict[str, _Task] = {name: _fresh(name) for name in tasks}
@@ -123,9 +132,9 @@ def audit_examples(
         if example.task not in counted:
             counted[example.task] = _fresh(example.task)
         _count(counted[example.task], example, count_tokens)
-    refusals = [line for name, task in counted.items() for line in _judge(name, task, settings, where)]
+    refusals = [line for name, task in counted.items() for line in _judge(name, task, settings, max_new_tokens, where)]
     refusals += _overlap(split_of_problem, problems)
-    return LabelAudit({name: _row(task) for name, task in counted.items()}, refusals)
+    return LabelAudit({name: _row(task) for name, task in counted.items()}, refusals, list(warnings))
 
 
 def _fresh(name: str) -> _Task:
@@ -142,7 +151,7 @@ def _count(task: _Task, example: Example, count_tokens: Callable[[str], int] | N
     task.problems[example.split].add(example.problem_id)
     task.traces.add(example.trace_key)
     task.empty += not target
-    task.cut += bool(target) and task.whole and target[-1] not in ".!?\"')"
+    task.cut += bool(target) and task.whole and target[-1] not in SENTENCE_ENDS
     task.exact += task.kind == "open" and EXACT_NUMBER.search(target) is not None
     if count_tokens is not None and target:
         task.longest = max(task.longest, count_tokens(example.target))
@@ -167,11 +176,14 @@ def _row(task: _Task) -> Json:
     }
 
 
-def _judge(name: str, task: _Task, settings: AuditSettings, where: str) -> list[str]:
+def _judge(name: str, task: _Task, settings: AuditSettings, max_new_tokens: int | None, where: str) -> list[str]:
     """Every reason to refuse this task."""
     if not task.n:
+        kind = task_class(name)
+        needs = "; ".join(filter(None, [*(NEEDED_FROM[need] for need in sorted(kind.needs)), kind.asks_where]))
         return [
-            f"{name}: no examples at all: no trace brings what it asks about; take it out of {where}.tasks, or make the labels it needs"
+            f"{name}: no examples at all: no trace brings what it asks about ({needs or 'a verdict that is asked about'}); take it out of "
+            f"{where}.tasks, or make the labels it needs"
         ]
     found = []
     row = _row(task)
@@ -196,11 +208,14 @@ def _judge(name: str, task: _Task, settings: AuditSettings, where: str) -> list[
     if task.empty:
         found.append(f"{name}: {task.empty} of {task.n} targets are empty; fix the label maker or leave the task out")
     if task.cut:
-        found.append(f"{name}: {task.cut} of {task.n} targets end in mid-sentence: cut off; give the label maker more room")
-    if task.longest > settings.max_answer_tokens:
         found.append(
-            f"{name}: targets of up to {task.longest} tokens would be cut off at {settings.max_answer_tokens}; shorten them, or raise "
-            f"{where}.audit.max_answer_tokens"
+            f"{name}: {task.cut} of {task.n} targets end in mid-sentence: cut off; give the label maker more room, or leave "
+            f"truncated traces out of {where}.examples.verdicts"
+        )
+    if max_new_tokens is not None and task.longest > max_new_tokens:
+        found.append(
+            f"{name}: targets of up to {task.longest} tokens, but answers end at {max_new_tokens} and could never be right; shorten the "
+            f"targets, or raise {where}.max_new_tokens"
         )
     if short := [split for split in SPLITS if task.splits[split] < settings.min_per_split]:
         listed = ", ".join(f"{split} {task.splits[split]}" for split in short)

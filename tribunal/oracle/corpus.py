@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from tribunal.core.records import Problem, TraceLabel
-from tribunal.core.storage import iter_jsonl, read_jsonl
+from tribunal.core.storage import iter_jsonl, read_json, read_jsonl
 from tribunal.models.loading import LoadedModel
 from tribunal.oracle.examples import Example, build_examples
 from tribunal.oracle.prompts import is_builtin
@@ -23,6 +23,9 @@ class Corpus:
     Args:
         traces, labels: results of generate_traces and label_traces.
         sentence_labels: results of label_sentences, None where no task needs them.
+
+    Attributes:
+        warnings: what the audit of label_sentences worries about.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Corpus:
     ) -> None:
         self.traces = TraceFile(traces / "traces.jsonl")
         self.problems: Mapping[str, Problem] = {p.id: p for p in read_jsonl(traces / "problems.jsonl", Problem)}
+        self.warnings: list[str] = [] if sentence_labels is None else read_json(sentence_labels / "audit.json")["warnings"]
         self.examples: list[Example] = list(
             build_examples(
                 make_tasks(tasks, settings, loaded.format.decode, builtin=is_builtin(loaded)),

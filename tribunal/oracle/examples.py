@@ -88,14 +88,14 @@ def build_examples(
         sentence_labels: by trace key, None where label_sentences has not run.
         n_layers: of the model, for the default layers of a model that is not built in.
     Raises:
-        DataError: traces, labels and problems do not belong together, or a sentence label belongs to other sentences.
+        DataError: traces, labels and problems do not belong together, a sentence label belongs to other sentences, or a user's file
+            names problems or samples without a trace.
     """
     plain = {pair.problem_id: pair.without for pair in read_pairs(settings.pairs)} if settings.pairs else {}
     for task in tasks:
         if task.reads_all_labels:
             assert iter(labels) is not labels, f"task {task.name} reads all labels first: give a collection, not an iterator"
-            for label in labels:
-                task.look(label)
+            task.look(labels)
     for trace, label in zip(traces, labels, strict=True):
         if trace.key != label.key:
             raise DataError(f"labels.jsonl has {label.key} where traces.jsonl has trace {trace.key}; run label_traces again")

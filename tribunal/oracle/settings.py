@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from tribunal.core.config import NO_EFFECT_ON_RESULTS, Experiment, Section
-from tribunal.core.errors import ConfigError, CorruptError
+from tribunal.core.config import ADAPTERS, NO_EFFECT_ON_RESULTS, Experiment, Section
+from tribunal.core.errors import CorruptError
 from tribunal.core.records import Record
 from tribunal.core.registry import nearest
 from tribunal.core.storage import read_json, sha256_file, sha256_json
@@ -41,7 +41,9 @@ class OracleSettings(Section):
     audit: AuditSettings = AuditSettings()
     lora: LoraSettings = LoraSettings()
     injection: InjectionSettings = InjectionSettings()
-    start_from: str | None = Field(None, description="PEFT folder or hub name to start from; lora is then not used")
+    start_from: str | None = Field(
+        None, description="PEFT folder or hub name (name@commit) to start from; lora is then not used", json_schema_extra=ADAPTERS
+    )
     placeholder: str | None = Field(None, description="placeholder token with its blank; default: ' ?' or the next that is a single token")
     from_store: bool = Field(False, description="read the activations that extract_activations stored, and run the model for the rest only")
     epochs: float = Field(1.0, gt=0, description="passes over the examples, where steps is not given")
@@ -148,25 +150,14 @@ def available(experiment: Experiment, settings: ExampleSettings) -> set[Need]:
     return {need for need, given in there.items() if given}
 
 
-def question_files(settings: ExampleSettings) -> dict[str, str]:
-    """sha256 of each file that examples are made of besides traces and labels, by its field.
-
-    Raises:
-        ConfigError: one is not there.
-    """
-    found = {}
-    for field in ("pairs", "yes_no"):
-        path: Path | None = getattr(settings, field)
-        if path is None:
-            continue
-        if not path.is_file():
-            raise ConfigError(f"examples.{field}: no such file: {path}")
-        found[field] = sha256_file(path)
-    return found
+def question_files(settings: ExampleSettings) -> dict[str, str | None]:
+    """sha256 of each file that examples are made of besides traces and labels, by its field; None for one that is not there."""
+    given = {"pairs": settings.pairs, "yes_no": settings.yes_no}
+    return {field: sha256_file(path) if path.is_file() else None for field, path in given.items() if path is not None}
 
 
 def adapter_digest(source: str) -> str:
-    """Names an adapter by what is in its folder; one on the hub by its name. Needs no torch."""
+    """Names an adapter by what is in its folder; one on the hub by its name, and its commit where one is given. Needs no torch."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
         return source

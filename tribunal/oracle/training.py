@@ -107,7 +107,9 @@ class OracleTraining:
             self.settings.audit,
             tasks=self.settings.tasks,
             problems=self.corpus.problems,
-            count_tokens=lambda text: len(self.prompts.target_ids(text)) + 1,
+            count_tokens=lambda text: len(self.prompts.target_ids(text)),
+            max_new_tokens=self.settings.max_new_tokens,
+            warnings=self.corpus.warnings,
         )
 
     # Vectors ------------------------------------------------------------------------------------------------------------

@@ -62,8 +62,8 @@ class VectorLayout:
     def write(self, number: int, source: ActivationSource, path: Path, dtype: torch.dtype) -> None:
         """Read a file's states, one pass per trace, and write it whole."""
         requests = [self._request(key, layer) for key in self.files[number] for layer in self._layers[key]]
-        found = dict(source.vectors(requests))
-        rows_RD = torch.cat([found[request.key] for request in requests]).to(dtype)
+        found = {key: vectors_KD.to(dtype) for key, vectors_KD in source.vectors(requests)}
+        rows_RD = torch.cat([found[request.key] for request in requests])
         write_file(path, lambda temporary: save_file({"rows": rows_RD}, temporary))
 
     def _request(self, key: str, layer: int) -> Example:

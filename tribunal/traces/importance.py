@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from tribunal.core.records import Problem, Trace, TraceLabel
@@ -26,6 +27,20 @@ from tribunal.traces.sentence_labels import RolloutSettings
 from tribunal.traces.sentences import TokenOffsets
 
 NO_ANSWER = ""
+SHUFFLES = 9999
+
+
+class Effect(NamedTuple):
+    """What a sentence does; the last two only where the measure is left to chance (rollouts).
+
+    Attributes:
+        by_chance: mean importance when the rollouts from before and from behind the sentence are shuffled among each other.
+        p: share of the shuffles that part the answers at least as far.
+    """
+
+    importance: float
+    by_chance: float | None = None
+    p: float | None = None
 
 
 def by_suppression(suppression: Suppression, trace: Trace, label: TraceLabel) -> list[float | None]:
@@ -58,8 +73,8 @@ class Rollouts:
 
     def measure(
         self, trace: Trace, label: TraceLabel, problem: Problem, stop: Stop, checkpoints: Checkpoints | None = None
-    ) -> list[float | None] | None:
-        """Importance of each sentence of the thought (of the whole text where there is none), None for the others; None when stopped."""
+    ) -> list[Effect | None] | None:
+        """The effect of each sentence of the thought (of the whole text where there is none), None for the others; None when stopped."""
         within = trace.readable if trace.thought_end is None else trace.thought_end
         count = sum(span.end_token <= within for span in label.sentences)
         if count == 0:
@@ -82,8 +97,11 @@ class Rollouts:
         found: list[Counter[str]] = [Counter() for _ in cuts]
         for key, answer in state.answers.items():
             found[int(key.partition("/")[0])][answer] += 1
-        distances: list[float | None] = [total_variation(before, after) for before, after in pairwise(found)]
-        return distances + [None] * (len(label.sentences) - count)
+        effects: list[Effect | None] = [
+            effect(before, after, np.random.default_rng(stream(self.seed, f"shuffles of {trace.key} at {place}", 0)))
+            for place, (before, after) in enumerate(pairwise(found))
+        ]
+        return effects + [None] * (len(label.sentences) - count)
 
     def _stream(self, trace: Trace, place: int, number: int) -> int:
         return stream(self.seed, f"rollout of {trace.key} from {place}", number)
@@ -129,6 +147,14 @@ def total_variation(a: Mapping[str, int], b: Mapping[str, int]) -> float:
     return 0.5 * sum(abs(a.get(name, 0) / n - b.get(name, 0) / m) for name in {*a, *b})
 
 
+def effect(before: Mapping[str, int], after: Mapping[str, int], rng: np.random.Generator) -> Effect:
+    """The distance of two sets of as many answers, beside that of the same answers dealt out at random (permutation test)."""
+    distance, n = total_variation(before, after), sum(before.values())
+    both = np.array([before.get(name, 0) + after.get(name, 0) for name in sorted({*before, *after})])
+    dealt = np.abs(2 * rng.multivariate_hypergeometric(both, n, size=SHUFFLES) - both).sum(axis=1) / (2 * n)
+    return Effect(distance, float(dealt.mean()), (1 + int((dealt > distance - 1e-9).sum())) / (1 + SHUFFLES))
+
+
 class AnswerTracker:
     """Reads off, at the end of each sentence, how likely the trace's own answer is to come next, by the logit lens.
 
@@ -141,10 +167,10 @@ class AnswerTracker:
         self.layer = loaded.n_layers * 3 // 4 if layer is None else layer
         self._offsets = TokenOffsets(loaded.format.decode)
 
-    def logprobs(self, trace: Trace, label: TraceLabel) -> list[float | None]:
+    def logprobs(self, trace: Trace, label: TraceLabel, problem: Problem) -> list[float | None]:
         """Log-probability (nats) of the answer's first token at the last token of each sentence that ends before the answer is
-        stated; None for the others, and for all where the answer is not in the text word for word."""
-        token = self._answer_token(trace, label)
+        first stated; None for the others, and for all where the answer is not in the text word for word."""
+        token = self._answer_token(trace, label, problem)
         if token is None:
             return [None] * len(label.sentences)
         before = [span.end_token for span in label.sentences if span.end_token <= token]
@@ -156,13 +182,25 @@ class AnswerTracker:
         values = lens_logprobs(self.loaded.model, states_LD[places], trace.completion_ids[token]).tolist()
         return [*(float(value) for value in values), *[None] * (len(label.sentences) - len(before))]
 
-    def _answer_token(self, trace: Trace, label: TraceLabel) -> int | None:
-        """Where the trace states its answer: the token with the first character of its last occurrence."""
+    def _answer_token(self, trace: Trace, label: TraceLabel, problem: Problem) -> int | None:
+        """Where the trace first writes its answer: the token with the answer's first character.
+
+        What is written can be copied, so that a sentence behind it would be high for another reason. A choice's letter counts
+        in a sentence that chooses it: 'A' is also a word.
+        """
         if not label.answer:
             return None
         text, offsets = self._offsets(trace.completion_ids[: trace.readable])
-        found = [m.start() for m in re.finditer(rf"(?<![\w.]){re.escape(label.answer)}(?!\w|\.\d)", text)]
-        return next((n for n, (_, end) in enumerate(offsets) if end > found[-1]), None) if found else None
+        written = re.compile(rf"(?<![\w.]){re.escape(label.answer)}(?!\w|\.\d)")
+        for span in label.sentences:
+            found = [match.start() for match in written.finditer(text, span.start_char, span.end_char)]
+            if found and problem.choices:
+                sentence = text[span.start_char : span.end_char]
+                chosen = answers.grade(sentence, problem.answer, problem.choices).answer == label.answer
+                found = found[-1:] if chosen else []
+            if found:
+                return next(n for n, (_, end) in enumerate(offsets) if end > found[0])
+        return None
 
 
 def quantile_names(values: Sequence[float | None], names: Sequence[str]) -> list[str | None]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 from scipy.stats import spearmanr
 
@@ -15,7 +15,16 @@ Json = dict[str, Any]
 MOST_OF_A_CLASS = 0.9
 LEAST_COVERED = 0.5
 MOST_OF_A_TIER = 0.4
-POSITION = 0.6
+POSITION = 0.4
+"""Mean rank correlation with the sentence's number from which on position alone tells much of a label."""
+
+
+class TraceChance(NamedTuple):
+    """Of one trace whose rollouts were compared: mean importances, and whether any is beyond chance."""
+
+    importance: float
+    by_chance: float
+    beyond: bool
 
 
 class SentenceAudit:
@@ -27,7 +36,8 @@ class SentenceAudit:
         self.tiers: Counter[str | None] = Counter()
         self.thirds: Counter[str | None] = Counter()
         self.measured = self.tracked = 0
-        self.correlations: list[float] = []
+        self.resampled: list[TraceChance] = []
+        self.correlations: defaultdict[str, list[float]] = defaultdict(list)
 
     def see(self, row: TraceSentences) -> None:
         self.traces += 1
@@ -37,24 +47,47 @@ class SentenceAudit:
         self.thirds.update(sentence.answer_third for sentence in row.sentences)
         self.tracked += any(sentence.answer_logprob is not None for sentence in row.sentences)
         values = [sentence.importance for sentence in row.sentences if sentence.importance is not None]
+        by_chance = [sentence.importance_by_chance for sentence in row.sentences if sentence.importance_by_chance is not None]
         self.measured += len(values)
-        if len(values) >= len(TIERS) and len(set(values)) > 1:
-            self.correlations.append(float(spearmanr(range(len(values)), values).statistic))
+        if by_chance:
+            self.resampled.append(TraceChance(mean(values), mean(by_chance), row.beyond_chance))
+        self._correlate("importance", values, len(TIERS))
+        self._correlate("answers", [s.answer_logprob for s in row.sentences if s.answer_logprob is not None], len(THIRDS))
+
+    def _correlate(self, what: str, values: Sequence[float], least: int) -> None:
+        if len(values) >= least and len(set(values)) > 1:
+            self.correlations[what].append(float(spearmanr(range(len(values)), values).statistic))
 
     def as_json(self, *, classes: str, importance: str, track_answers: bool, set_aside: Sequence[str] = ()) -> Json:
         """The content of ``audit.json``; the arguments say how labels were made."""
-        position = round(mean(self.correlations), 6) if self.correlations else None
+        position = {what: round(mean(found), 6) for what, found in self.correlations.items()}
+        measured = {"by": importance, "measured": self.measured, "by_chance": self._by_chance()}
         return {
             "warnings": self._warnings(classes, importance, track_answers, position),
             "traces": self.traces,
             "sentences": self.sentences,
             "set_aside": sorted(set_aside),
             "classes": {"by": classes, **_counts(self.classes, CLASSES)},
-            "importance": {"by": importance, "measured": self.measured, "position_correlation": position, **_counts(self.tiers, TIERS)},
-            "answers": {"tracked_traces": self.tracked if track_answers else None, **_counts(self.thirds, THIRDS)},
+            "importance": {**measured, "position_correlation": position.get("importance"), **_counts(self.tiers, TIERS)},
+            "answers": {
+                "tracked_traces": self.tracked if track_answers else None,
+                "position_correlation": position.get("answers"),
+                **_counts(self.thirds, THIRDS),
+            },
         }
 
-    def _warnings(self, classes: str, importance: str, track_answers: bool, position: float | None) -> list[str]:
+    def _by_chance(self) -> Json | None:
+        """Rollouts: importance beside what shuffled rollouts give, means over traces."""
+        if not self.resampled:
+            return None
+        return {
+            "traces": len(self.resampled),
+            "traces_within_chance": sum(not trace.beyond for trace in self.resampled),
+            "mean_importance": round(mean(trace.importance for trace in self.resampled), 6),
+            "mean_by_chance": round(mean(trace.by_chance for trace in self.resampled), 6),
+        }
+
+    def _warnings(self, classes: str, importance: str, track_answers: bool, position: Mapping[str, float]) -> list[str]:
         found = []
         if set(self.classes) - {None}:
             labelled = self.sentences - self.classes[None]
@@ -71,11 +104,18 @@ class SentenceAudit:
                 found.append(
                     f"ties leave {self.tiers[tier]} of {ranked} ranked sentences in tier '{tier}'; take more rollouts, or suppression"
                 )
-        if position is not None and abs(position) > POSITION:
+        if (chance := self._by_chance()) and chance["traces_within_chance"]:
             found.append(
-                f"importance goes with the sentence's position (mean rank correlation {position:+.2f} within traces): "
-                "whoever knows how far the trace is knows much of the tier"
+                f"in {chance['traces_within_chance']} of {chance['traces']} traces no sentence moves the answers more than chance does "
+                f"(mean importance {chance['mean_importance']:.2f}, of shuffled rollouts {chance['mean_by_chance']:.2f}, over all traces): "
+                "they get no tier; take more rollouts (label_sentences.rollouts.samples), or suppression"
             )
+        for what, (label, name) in {"importance": ("importance", "tier"), "answers": ("answer_logprob", "third")}.items():
+            if abs(position.get(what, 0.0)) > POSITION:
+                found.append(
+                    f"{label} goes with the sentence's position (mean rank correlation {position[what]:+.2f} within traces): "
+                    f"whoever knows how far the trace is knows much of the {name}"
+                )
         if track_answers and self.tracked < LEAST_COVERED * self.traces:
             found.append(f"only {self.tracked} of {self.traces} traces state their answer word for word before which it can be tracked")
         return found

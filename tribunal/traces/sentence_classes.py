@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from tribunal.core.records import Problem, TraceLabel
-from tribunal.models.judge import Judge, JudgeError
+from tribunal.models.judge import CutOff, Judge, JudgeError
 from tribunal.traces.sentence_labels import CLASSES
 
 SENTENCES_PER_QUESTION = 20
@@ -119,14 +119,18 @@ def by_judge(text: str, label: TraceLabel, problem: Problem, judge: Judge) -> li
 def _answered(judge: Judge, question: str, count: int, where: str) -> list[str]:
     complaint = ""
     for attempt in range(judge.attempts):
-        reply = judge.ask(question, attempt)
+        try:
+            reply = judge.ask(question, attempt)
+        except CutOff as error:
+            complaint = str(error)
+            continue
         try:
             return read_reply(reply, count)
         except ValueError as error:
             complaint = f"{error}; it said {' '.join(reply.split())[-120:]!r}"
     raise JudgeError(
-        f"judge {judge.name}: {where}: {complaint} ({judge.attempts} attempts); take a stronger judge or classes: rules. "
-        "What is labelled already is kept"
+        f"judge {judge.name}: {where}: {complaint} ({judge.attempts} attempts). With more judge.attempts the same command goes on: what is "
+        "labelled already is kept. Every other setting of the judge, and classes: rules, is another run: give the experiment another name"
     )
 
 

@@ -11,7 +11,7 @@ from tribunal.models.describe import load_format
 from tribunal.models.judge import Judge, JudgeSettings, open_judge
 from tribunal.models.loading import LoadedModel, load_model
 from tribunal.models.suppression import Suppression
-from tribunal.traces.importance import AnswerTracker, Rollouts, by_suppression
+from tribunal.traces.importance import AnswerTracker, Effect, Rollouts, by_suppression
 from tribunal.traces.sentence_classes import by_judge, by_rules
 from tribunal.traces.sentence_labels import RolloutSettings
 
@@ -48,27 +48,29 @@ class SentenceLabeller:
         self._tracker = AnswerTracker(loaded, lens_layer) if track_answers and loaded is not None else None
 
     def measure(self, trace: Trace, label: TraceLabel, problem: Problem, stop: Stop, checkpoints: Checkpoints | None = None) -> Json | None:
-        """``classes``, ``importance`` and ``answer_logprob`` of each sentence, None where there is nothing to say; None when stopped.
+        """The fields of each sentence's label by name, None where there is nothing to say; None when stopped.
 
         Raises:
             JudgeError: the judge fails; nothing takes the place of its answer.
         """
         nothing: list[Any] = [None] * len(label.sentences)
-        importance = self._measure(trace, label, problem, stop, checkpoints)
-        if importance is None:
+        effects = self._measure(trace, label, problem, stop, checkpoints)
+        if effects is None:
             return None
-        tracked = self._tracker.logprobs(trace, label) if self._tracker is not None else nothing
+        tracked = self._tracker.logprobs(trace, label, problem) if self._tracker is not None else nothing
         return {
-            "classes": self._name(trace, label, problem) if self._classes != "none" else nothing,
-            "importance": [None if value is None else round(value, 9) for value in importance],
-            "answer_logprob": [None if value is None else round(value, 6) for value in tracked],
+            "sentence_class": self._name(trace, label, problem) if self._classes != "none" else nothing,
+            "importance": [_rounded(found and found.importance, 9) for found in effects],
+            "importance_by_chance": [_rounded(found and found.by_chance, 6) for found in effects],
+            "importance_p": [_rounded(found and found.p, 6) for found in effects],
+            "answer_logprob": [_rounded(value, 6) for value in tracked],
         }
 
     def _measure(
         self, trace: Trace, label: TraceLabel, problem: Problem, stop: Stop, checkpoints: Checkpoints | None
-    ) -> list[float | None] | None:
+    ) -> list[Effect | None] | None:
         if self._suppression is not None:
-            return by_suppression(self._suppression, trace, label)
+            return [None if value is None else Effect(value) for value in by_suppression(self._suppression, trace, label)]
         if self._rollouts is not None:
             return self._rollouts.measure(trace, label, problem, stop, checkpoints)
         return [None] * len(label.sentences)
@@ -76,3 +78,7 @@ class SentenceLabeller:
     def _name(self, trace: Trace, label: TraceLabel, problem: Problem) -> list[str | None]:
         text = self._decode(trace.completion_ids[: trace.readable])
         return by_rules(text, label) if self._judge is None else by_judge(text, label, problem, self._judge)
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)

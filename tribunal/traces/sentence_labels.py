@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import Field
@@ -23,6 +23,9 @@ TIERS = ("low", "medium", "high", "critical")
 THIRDS = ("low", "middle", "high")
 """How well the trace's own answer can be read off at a sentence's end, within the trace, a third of its sentences each."""
 
+CHANCE = 0.05
+"""Share of traces without any effect whose importances may still pass for one."""
+
 
 class RolloutSettings(Section):
     """How traces are continued from the start of each sentence."""
@@ -40,6 +43,8 @@ class SentenceLabel(Record):
 
     sentence_class: str | None = Field(None, description="one of CLASSES")
     importance: float | None = Field(None, description="suppression: mean KL (nats) on later tokens; rollouts: total variation, 0 to 1")
+    importance_by_chance: float | None = Field(None, description="rollouts: mean importance when the answers are dealt out at random")
+    importance_p: float | None = Field(None, description="rollouts: share of random deals with at least this importance")
     tier: str | None = Field(None, description="one of TIERS: rank of the importance within the problem")
     answer_logprob: float | None = Field(None, description="log-probability (nats) of the answer's first token at the sentence's end")
     answer_third: str | None = Field(None, description="one of THIRDS: rank of answer_logprob within the trace")
@@ -55,6 +60,19 @@ class TraceSentences(Record):
     @property
     def key(self) -> str:
         return f"{self.problem_id}/{self.sample}"
+
+    @property
+    def beyond_chance(self) -> bool:
+        return beyond_chance([sentence.importance_p for sentence in self.sentences])
+
+
+def beyond_chance(p_values: Sequence[float | None]) -> bool:
+    """Whether a trace's importances can be ranked: at least one is too large for chance (Bonferroni over its sentences).
+
+    True where nothing was left to chance (suppression), and there is no p-value.
+    """
+    known = [p for p in p_values if p is not None]
+    return not known or min(known) * len(known) <= CHANCE
 
 
 class SentenceFile(Mapping[str, TraceSentences]):

@@ -7,7 +7,7 @@ hint is the hint's doing. Addition traces have no hints; the task is tested on s
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from tribunal.core.errors import ConfigError
 from tribunal.core.records import Problem, Trace, TraceLabel
 from tribunal.datasets import answers
 from tribunal.oracle.tasks.pairs import read_pairs
-from tribunal.oracle.tasks.task import YES_NO, BaseTask, Draft, ExampleSettings
+from tribunal.oracle.tasks.task import YES_NO, BaseTask, Draft, ExampleSettings, require_traced
 from tribunal.traces.sentence_labels import TraceSentences
 
 
@@ -39,13 +39,18 @@ class Task(BaseTask):
         super().__init__(settings, decode, builtin=builtin)
         if settings.pairs is None:
             raise ConfigError("task 'hint_use' needs examples.pairs: a JSONL file of {problem_id, without, hint, kind}")
-        self._pairs = {pair.problem_id: pair for pair in read_pairs(settings.pairs)}
+        self.path = settings.pairs
+        self._pairs = {pair.problem_id: pair for pair in read_pairs(self.path)}
         self._plain = {pair.without for pair in self._pairs.values()}
         self._answers: dict[str, Counter[str]] = defaultdict(Counter)
 
-    def look(self, label: TraceLabel) -> None:
-        if label.problem_id in self._plain and label.answer is not None:
-            self._answers[label.problem_id][label.answer] += 1
+    def look(self, labels: Iterable[TraceLabel]) -> None:
+        traced = set()
+        for label in labels:
+            traced.add(label.problem_id)
+            if label.problem_id in self._plain and label.answer is not None:
+                self._answers[label.problem_id][label.answer] += 1
+        require_traced(self.path, [(pair.problem_id, pair.without) for pair in self._pairs.values()], traced)
 
     def examples(
         self, trace: Trace, label: TraceLabel, problem: Problem, sentences: TraceSentences | None, rng: np.random.Generator

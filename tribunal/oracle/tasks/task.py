@@ -6,7 +6,7 @@ Adding a task is one file in this folder with a class ``Task(BaseTask)``; the mo
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
@@ -15,7 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from tribunal.core import registry
 from tribunal.core.config import Section
-from tribunal.core.errors import ConfigError
+from tribunal.core.errors import ConfigError, DataError
 from tribunal.core.records import Problem, Trace, TraceLabel, Verdict
 from tribunal.traces.sentence_labels import TraceSentences
 
@@ -31,6 +31,8 @@ NEEDED_FROM: dict[Need, str] = {
     "addition": "traces of the built-in reasoner",
 }
 YES_NO = ["yes", "no"]
+SENTENCE_ENDS = ".!?\"')"
+"""Last characters of a whole sentence."""
 BUILTIN_VECTORS = 11
 """Tokens of a written sum that are injected by default: a first step and its boundary are eleven."""
 
@@ -67,6 +69,17 @@ class ExampleSettings(Section):
             raise ValueError(f"test_share {self.test_share} + validation_share {self.validation_share} leave too little to train on")
         return self
 
+    def require_files(self, where: str) -> None:
+        """Refuse a file that is not there, before anything is loaded.
+
+        Raises:
+            ConfigError: names the field and the file.
+        """
+        for field in ("pairs", "yes_no"):
+            path: Path | None = getattr(self, field)
+            if path is not None and not path.is_file():
+                raise ConfigError(f"{where}.examples.{field}: no such file: {path}; give a JSONL file, or leave it out")
+
 
 class Draft(NamedTuple):
     """An example before it has its key, split and layers.
@@ -91,6 +104,7 @@ class BaseTask:
         needs: what a trace must bring besides its label.
         synonyms: for each choice, other names that count as it in fuzzy scoring.
         whole_targets: whether a target is a sentence, so that one without an end was cut off.
+        asks_where: in words, which of the traces that bring what it ``needs`` are asked about; empty: all of them.
         builtin_layers: layers read by default on the built-in reasoner.
         behind: tokens behind a sentence's end that are injected too: 1 takes in the boundary.
 
@@ -107,10 +121,11 @@ class BaseTask:
     needs: ClassVar[frozenset[Need]] = frozenset()
     synonyms: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     whole_targets: ClassVar[bool] = False
+    asks_where: ClassVar[str] = ""
     builtin_layers: ClassVar[tuple[int, ...]] = (1,)
     behind: ClassVar[int] = 0
     reads_all_labels: ClassVar[bool] = False
-    """True: ``look`` is called with every trace's label before the first example is asked for."""
+    """True: ``look`` is called with the labels of all traces before the first example is asked for."""
 
     def __init__(self, settings: ExampleSettings, decode: Callable[[Sequence[int]], str], *, builtin: bool) -> None:
         self.settings = settings
@@ -128,8 +143,8 @@ class BaseTask:
         """
         raise NotImplementedError
 
-    def look(self, label: TraceLabel) -> None:
-        """Take in a label, for a task that sets ``reads_all_labels``."""
+    def look(self, labels: Iterable[TraceLabel]) -> None:
+        """Take in all labels, of every verdict, for a task that sets ``reads_all_labels``."""
 
     @classmethod
     def asks(cls, question: str, *, builtin: bool) -> bool:
@@ -185,6 +200,22 @@ def require(names: Collection[str], available: Collection[Need], where: str) -> 
         for need in sorted(task_class(name).needs):
             if need not in available:
                 raise ConfigError(f"{where}: task '{name}' needs {NEEDED_FROM[need]}; add that, or leave the task out")
+
+
+def require_traced(path: Path, lines: Sequence[Sequence[str]], traced: Collection[str]) -> None:
+    """Refuse a user's file with lines that would be passed over, since there is no trace of what they name.
+
+    Args:
+        lines: what each line names: problems, or traces by key.
+        traced: what there is.
+    Raises:
+        DataError: names the file, how many lines, and the first name.
+    """
+    if lost := [name for names in lines for name in [n for n in names if n not in traced][:1]]:
+        raise DataError(
+            f"{path}: {len(lost)} of {len(lines)} lines are about problems or samples without a trace, first '{lost[0]}'; take them out, "
+            "or sample those problems (generate_traces)"
+        )
 
 
 def make_tasks(names: Sequence[str], settings: ExampleSettings, decode: Callable[[Sequence[int]], str], *, builtin: bool) -> list[BaseTask]:

@@ -8,7 +8,7 @@ trace. Texts that are no traces of this model are brought in with ``generate_tra
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -17,7 +17,7 @@ from pydantic import Field
 from tribunal.core.errors import ConfigError, DataError
 from tribunal.core.records import Problem, Record, Trace, TraceLabel
 from tribunal.core.storage import read_jsonl
-from tribunal.oracle.tasks.task import YES_NO, BaseTask, Draft, ExampleSettings
+from tribunal.oracle.tasks.task import YES_NO, BaseTask, Draft, ExampleSettings, require_traced
 from tribunal.traces.sentence_labels import TraceSentences
 
 
@@ -39,6 +39,7 @@ class Task(BaseTask):
     phrasings = ("{question}",)
     code = "{question}"
     needs = frozenset({"file"})
+    reads_all_labels = True
 
     def __init__(self, settings: ExampleSettings, decode: Callable[[Sequence[int]], str], *, builtin: bool) -> None:
         super().__init__(settings, decode, builtin=builtin)
@@ -50,6 +51,10 @@ class Task(BaseTask):
             self._questions[question.problem_id].append(question)
         if not self._questions:
             raise DataError(f"{self.path}: no questions; give at least one line, or leave the task out")
+
+    def look(self, labels: Iterable[TraceLabel]) -> None:
+        names = [[q.problem_id if q.sample is None else f"{q.problem_id}/{q.sample}"] for asked in self._questions.values() for q in asked]
+        require_traced(self.path, names, {name for label in labels for name in (label.problem_id, label.key)})
 
     def examples(
         self, trace: Trace, label: TraceLabel, problem: Problem, sentences: TraceSentences | None, rng: np.random.Generator
