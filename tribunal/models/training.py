@@ -118,6 +118,7 @@ class TrainerWork:
                 shutil.rmtree(left)
         start = _agreed_path(newest)
         trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        _all_ranks_here()  # as it ends the Trainer looks into its folder once more, on every rank
         if trainer.args.should_save:
             shutil.rmtree(self.scratch, ignore_errors=True)
         if callback.stopped:
