@@ -45,3 +45,12 @@ def test_traces_whose_rollouts_differ_no_more_than_by_chance_are_counted_and_war
     assert "in 1 of 2 traces no sentence moves the answers more than chance does (mean importance 0.25" in found["warnings"][0]
     assert audited(real, importance="rollouts")["warnings"] == []
     assert audited([{"importance": 0.1}], importance="suppression")["importance"]["by_chance"] is None
+
+
+def test_traces_of_which_more_than_a_tier_is_lost_in_rounding_are_counted_and_warned_of():
+    def suppressed(rounding: float) -> list[dict[str, Any]]:
+        values = (0.3, 0.02, 0.5, 0.01)
+        return [{"importance": value, "importance_by_chance": rounding, "tier": TIERS[n]} for n, value in enumerate(values)]
+
+    [line] = audited(suppressed(0.02), suppressed(0.01), importance="suppression")["warnings"]
+    assert line.startswith("in 1 of 2 traces more than 25% of the sentences matter no more than rounding does") and "float32" in line

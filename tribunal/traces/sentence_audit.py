@@ -15,6 +15,8 @@ Json = dict[str, Any]
 MOST_OF_A_CLASS = 0.9
 LEAST_COVERED = 0.5
 MOST_OF_A_TIER = 0.4
+MOST_DROWNED = 0.25
+"""Share of a trace's sentences, a tier of them, that may matter no more than rounding does."""
 POSITION = 0.4
 """Mean rank correlation with the sentence's number from which on position alone tells much of a label."""
 
@@ -36,6 +38,7 @@ class SentenceAudit:
         self.tiers: Counter[str | None] = Counter()
         self.thirds: Counter[str | None] = Counter()
         self.measured = self.tracked = 0
+        self.suppressed = self.drowned = 0
         self.resampled: list[TraceChance] = []
         self.correlations: defaultdict[str, list[float]] = defaultdict(list)
 
@@ -49,7 +52,10 @@ class SentenceAudit:
         values = [sentence.importance for sentence in row.sentences if sentence.importance is not None]
         by_chance = [sentence.importance_by_chance for sentence in row.sentences if sentence.importance_by_chance is not None]
         self.measured += len(values)
-        if by_chance:
+        if by_chance and all(sentence.importance_p is None for sentence in row.sentences):
+            self.drowned += sum(value <= chance for value, chance in zip(values, by_chance)) > MOST_DROWNED * len(values)
+            self.suppressed += 1
+        elif by_chance:
             self.resampled.append(TraceChance(mean(values), mean(by_chance), row.beyond_chance))
         self._correlate("importance", values, len(TIERS))
         self._correlate("answers", [s.answer_logprob for s in row.sentences if s.answer_logprob is not None], len(THIRDS))
@@ -109,6 +115,11 @@ class SentenceAudit:
                 f"in {chance['traces_within_chance']} of {chance['traces']} traces no sentence moves the answers more than chance does "
                 f"(mean importance {chance['mean_importance']:.2f}, of shuffled rollouts {chance['mean_by_chance']:.2f}, over all traces): "
                 "they get no tier; take more rollouts (label_sentences.rollouts.samples), or suppression"
+            )
+        if self.drowned:
+            found.append(
+                f"in {self.drowned} of {self.suppressed} traces more than {MOST_DROWNED:.0%} of the sentences matter no more than rounding does: "
+                "their lower tiers are noise; load the model with model.dtype=float32 for label_sentences, or take rollouts"
             )
         for what, (label, name) in {"importance": ("importance", "tier"), "answers": ("answer_logprob", "third")}.items():
             if abs(position.get(what, 0.0)) > POSITION:

@@ -43,7 +43,9 @@ class SentenceLabel(Record):
 
     sentence_class: str | None = Field(None, description="one of CLASSES")
     importance: float | None = Field(None, description="suppression: mean KL (nats) on later tokens; rollouts: total variation, 0 to 1")
-    importance_by_chance: float | None = Field(None, description="rollouts: mean importance when the answers are dealt out at random")
+    importance_by_chance: float | None = Field(
+        None, description="rollouts: mean importance when the answers are dealt out at random; suppression: when nothing is hidden"
+    )
     importance_p: float | None = Field(None, description="rollouts: share of random deals with at least this importance")
     tier: str | None = Field(None, description="one of TIERS: rank of the importance within the problem")
     answer_logprob: float | None = Field(None, description="log-probability (nats) of the answer's first token at the sentence's end")
