@@ -91,11 +91,14 @@ class TrainOracle(Job[Config]):
 
         training, (rank, world) = self.training, rank_and_world()
         training.require_processes(world)
+        if rank == 0:
+            print(f"{self.name}: the labels\n{training.audit.table()}", flush=True)
         journal = self.journal if rank == 0 else Journal(self.state / "journal", writer=f"rank-{rank}.{self.epoch}")
 
         def make(number: int) -> Json:
             record = training.write_vectors(number, self.parts / f"{file_key(number)}.{self.epoch}.safetensors")
             self.receipt_notes |= {"traces_run": training.source.passes, "vectors_from_store": training.source.read}
+            self.receipt_notes["oom_halvings"] = training.source.batches.halvings
             return record
 
         def oracle(output_dir: Path, callbacks: list[Any]) -> Any:

@@ -178,6 +178,21 @@ def test_a_start_that_was_refused_before_it_did_anything_binds_nobody_to_its_con
         run(toy(), quiet=True)
 
 
+def test_a_unit_that_ended_the_process_under_other_settings_is_tried_again_under_new_ones(monkeypatch):
+    class Dies(type(toy())):
+        def _square(self, i: int) -> dict:
+            if i == 0 and self.config.factor == 3:
+                raise MemoryError
+            return super()._square(i)
+
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            run(Dies(toy().experiment), quiet=True)
+    assert run(Dies(toy(factor=4).experiment), quiet=True) == FINISHED
+    receipt = read_receipt(toy(factor=4).results)
+    assert receipt["set_aside"] == [] and receipt["totals"]["units"] == 8 and len(receipt["generations"]) == 1
+
+
 def test_a_start_at_work_that_has_made_nothing_yet_keeps_another_configuration_out(tmp_path):
     """Its lease is held by a live process of this host."""
     first = subprocess.Popen(

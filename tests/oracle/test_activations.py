@@ -19,6 +19,7 @@ from tribunal.core.errors import DataError, ModelError, UserError
 from tribunal.core.storage import write_json, write_jsonl
 from tribunal.models.loading import identity, load_model
 from tribunal.models.residual import plain_forward
+from tribunal.oracle import activations
 from tribunal.oracle.activations import ActivationSource
 from tribunal.traces.files import TraceFile
 
@@ -85,6 +86,23 @@ def test_vectors_are_the_plain_forwards_states_layer_by_layer_with_one_pass_for_
         for e in asked:
             assert found[e.key].dtype == torch.float32 and found[e.key].shape == (e.n_vectors, loaded.d_model)
             torch.testing.assert_close(found[e.key], expected(loaded, e), rtol=1e-4, atol=1e-4)
+
+
+def test_out_of_memory_while_reading_halves_the_budget_and_changes_no_vector(loaded, traces, monkeypatch):
+    real, asked = activations.read_residual, questions()
+
+    def small(model, ids_BL, readers):
+        if len(ids_BL) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(model, ids_BL, readers)
+
+    whole = dict(ActivationSource(loaded, traces, None).vectors(asked))
+    monkeypatch.setattr(activations, "read_residual", small)
+    source = ActivationSource(loaded, traces, None)
+    found = dict(source.vectors(asked))
+    assert source.batches.halvings > 0 and found.keys() == whole.keys()
+    for key, vectors_KD in whole.items():
+        torch.testing.assert_close(found[key], vectors_KD, rtol=1e-4, atol=1e-4)
 
 
 def test_what_the_store_has_is_read_from_it_and_only_the_rest_is_run(loaded, traces, tmp_path):

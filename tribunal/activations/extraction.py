@@ -8,8 +8,6 @@ Shapes: B sequences, L tokens, D model width, R rows.
 
 from __future__ import annotations
 
-import gc
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,19 +15,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tribunal.activations.batches import Batches
 from tribunal.activations.poolings import PooledSpan, spans
 from tribunal.activations.store import DTYPES, Piece, ShardWriter
-from tribunal.core.errors import DataError, ModelError, UserError
+from tribunal.core.errors import DataError, ModelError
 from tribunal.core.records import Trace, TraceLabel
 from tribunal.models.residual import Reader, blocks, decoder, hook_point, input_device, plain_forward, read_residual
 
-log = logging.getLogger(__name__)
 Pair = tuple[Trace, TraceLabel]
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.08}
 """Largest ||batched - plain|| / ||plain|| of a row in the self-check. What a wrong mask or position does is of order 1;
 what another batch shape does to the low bits grows with depth in half precision."""
-DEFAULT_BATCH_TOKENS = {"cpu": 512, "cuda": 16_384}
 SELF_CHECK_TRACES = 3
 
 
@@ -95,7 +92,8 @@ class Extractor:
         self.poolings = list(dict.fromkeys(poolings))
         self.store_dtype = store_dtype
         self.device = input_device(model)
-        self.batch_tokens = batch_tokens or DEFAULT_BATCH_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
+        self.batches = Batches(batch_tokens, self.device)
+        self.batch_tokens = self.batches.batch_tokens
         self._read: Reader = reader or (lambda ids_BL, readers: read_residual(model, ids_BL, readers))
         if self.device.type == "cpu":
             _keep_freed_memory()
@@ -183,30 +181,10 @@ class Extractor:
 
     def _run(self, sequences: Sequence[_Sequence], sink: Callable[[list[Piece]], None]) -> int:
         """Run all batches; returns how often memory ran out and the budget was halved (it is whole again in the next call)."""
-        waiting = sorted((s for s in sequences if s.ids), key=lambda s: (-len(s.ids), s.key))  # longest first: fails early
-        budget, halvings = self.batch_tokens, 0
-        while waiting:
-            batch = waiting[: max(1, budget // len(waiting[0].ids))]
-            try:
-                stored = self._forward(batch, DTYPES[self.store_dtype][0])
-            except RuntimeError as error:
-                if not _out_of_memory(error):
-                    raise
-                size = len(batch) * len(batch[0].ids)
-                if len(batch) == 1:
-                    raise UserError(
-                        f"trace {batch[0].key}: {size} tokens do not fit the memory of {self.device}, even alone; take fewer layers or "
-                        "poolings, a larger GPU, or model.device_map: auto"
-                    ) from error
-                budget, halvings = min(budget, size) // 2, halvings + 1
-                log.warning("out of memory with %d x %d tokens; going on with %d tokens a batch", len(batch), len(batch[0].ids), budget)
-            else:
-                sink(list(self._pieces(stored, batch)))
-                del waiting[: len(batch)]
-                continue
-            gc.collect()  # outside the handler, which keeps the failed pass alive
-            torch.cuda.empty_cache()
-        return halvings
+        before = self.batches.halvings
+        for batch, stored in self.batches.run(sequences, lambda batch: self._forward(batch, DTYPES[self.store_dtype][0])):
+            sink(list(self._pieces(stored, batch)))
+        return self.batches.halvings - before
 
     def _forward(self, batch: Sequence[_Sequence], dtype: torch.dtype) -> dict[int, Tensor]:
         """One batch: {layer: [R, D]} on the CPU, rows by pooling, then by sequence, then by span."""
@@ -316,8 +294,3 @@ def _keep_freed_memory() -> None:
     its limit follows the largest block freed so far, up to 32 MiB. Measured: benchmarks/extraction.py.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """CUDA has its own error; the CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

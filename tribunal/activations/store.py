@@ -234,14 +234,15 @@ class ActivationSet:
         stored, _ = DTYPES[self.meta.dtype]
         if chosen is None and len(self.meta.shards) == 1:
             return self._part(0, layer, pooling).to(dtype or stored)
-        rows_K = torch.arange(sum(shard.rows[pooling] for shard in self.meta.shards)) if chosen is None else chosen
-        out_KD = torch.empty(len(rows_K), self.d_model, dtype=dtype or stored)
+        count = sum(shard.rows[pooling] for shard in self.meta.shards) if chosen is None else len(chosen)
+        out_KD = torch.empty(count, self.d_model, dtype=dtype or stored)
         start = 0
         for number, shard in enumerate(self.meta.shards):
             end = start + shard.rows[pooling]
-            here_K = (start <= rows_K) & (rows_K < end)
-            if here_K.any():
-                out_KD[here_K] = self._part(number, layer, pooling)[rows_K[here_K] - start].to(out_KD.dtype)
+            if chosen is None:
+                out_KD[start:end] = self._part(number, layer, pooling)
+            elif (here_K := (start <= chosen) & (chosen < end)).any():
+                out_KD[here_K] = self._part(number, layer, pooling)[chosen[here_K] - start].to(out_KD.dtype)
             start = end
         return out_KD
 

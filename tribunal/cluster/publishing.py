@@ -106,20 +106,29 @@ def shards_to_come(job: Job[Any]) -> int | None:
 def claim_state(job: Job[Any]) -> None:
     """Make the job's state folder and note its configuration, or refuse one started with another.
 
-    A start that ended before it made anything durable (its input was refused, say) binds nobody to its configuration.
+    A start that ended before it made anything durable (its input was refused, say) binds nobody to its configuration. What it left,
+    its ledger and with that the units that it died of, goes with it.
     """
     make_folder(job.state)
     for folder in (job.state, make_folder(job.results.parent)):
         probe_write(folder)
     path = job.state / STARTED
-    if not path.exists() or (compare(read_json(path), job.fingerprint()) and (job.reads_all or untouched(job))):
-        write_json(path, job.fingerprint())
-    require_unchanged(job)
+    mine = job.fingerprint()
+    if path.exists() and not compare(read_json(path), mine):
+        return
+    if path.exists() and not job.reads_all:
+        if not untouched(job):
+            require_unchanged(job)
+        (job.state / "generations.jsonl").unlink(missing_ok=True)
+        for left in ("attempts", "fences"):
+            shutil.rmtree(job.state / left, ignore_errors=True)
+    write_json(path, mine)
 
 
 def require_unchanged(job: Job[Any]) -> None:
-    """Refuse to go on with what was started under another configuration."""
-    if differences := compare(read_json(job.state / STARTED), job.fingerprint()):
+    """Refuse to go on with what was started under another configuration; not for a job that reads all, whose inputs may change."""
+    differences = [] if job.reads_all else compare(read_json(job.state / STARTED), job.fingerprint())
+    if differences:
         raise ConfigError(
             f"{job.state} was started with another configuration ({'; '.join(differences)}). "
             "Give the experiment another name to start a second run, or remove that folder to start over."

@@ -136,7 +136,10 @@ class SharedFiles:
         device = PartialState(cpu=self.device.type == "cpu").device if world > 1 else self.device
         todo = [number for number in range(self.count) if self.key(number) not in self.journal]
         if spoilt := [self.key(number) for number in todo if self.key(number) in self.journal.set_aside]:
-            raise DataError(f"{spoilt[0]} ended the process twice; lower batch_tokens or traces_per_file, then resume")
+            raise DataError(
+                f"{spoilt[0]} ended the process twice; give the job more memory (slurm.mem_gb) or lower traces_per_file, then remove the "
+                "job's folder under checkpoints/ and start again"
+            )
         _all_ranks_here()  # nobody writes before everybody has seen the same list
         for first in range(0, len(todo), world):
             if _any_rank([stop.is_set()], device)[0]:

@@ -112,7 +112,7 @@ class Suppression:
 
     @torch.no_grad()
     def rounding(self, ids: Sequence[int], end: int) -> float:
-        """The importance, in nats, of a span that ends there and is not hidden: what rounding alone does to the numbers of ``importances``."""
+        """The importance, in nats, of a span that ends there and is not hidden: what rounding alone makes of it."""
         ids_1L, cache, base_LD = self._as_it_is(ids)
         return self._mean_kl(base_LD[end:-1], self._behind(ids_1L, cache, end, [])[:-1])
 

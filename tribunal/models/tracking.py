@@ -21,7 +21,7 @@ def tracker(kind: Tracker, run_id: str, folder: Path) -> TrainerCallback:
 
     Args:
         run_id: names the run; the same for all generations of a training.
-        folder: what the tracker writes lies in ``folder/run_id`` (TENSORBOARD_LOGGING_DIR or WANDB_DIR name another place).
+        folder: what the tracker writes lies in ``folder/run_id``; TENSORBOARD_LOGGING_DIR and WANDB_DIR name another folder.
     """
     return _OneBoard(run_id, folder) if kind == "tensorboard" else _OneWandbRun(run_id, folder)
 
@@ -29,7 +29,7 @@ def tracker(kind: Tracker, run_id: str, folder: Path) -> TrainerCallback:
 class _OneBoard(TensorBoardCallback):
     def __init__(self, run_id: str, folder: Path) -> None:
         super().__init__()
-        self.logging_dir = self.logging_dir or str(folder / run_id)
+        self.logging_dir = str(Path(self.logging_dir or folder) / run_id)
 
 
 class _OneWandbRun(WandbCallback):
@@ -39,9 +39,9 @@ class _OneWandbRun(WandbCallback):
 
     def setup(self, args: Any, state: Any, model: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            place = os.environ.get("WANDB_DIR") or str(make_folder(self.folder / self.run_id))
+            place = make_folder(Path(os.environ.get("WANDB_DIR") or self.folder) / self.run_id)
             project = os.environ.get("WANDB_PROJECT", "tribunal")
-            self._wandb.init(id=self.run_id, name=self.run_id, resume="allow", dir=place, project=project)
+            self._wandb.init(id=self.run_id, name=self.run_id, resume="allow", dir=str(place), project=project)
         super().setup(args, state, model, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, processing_class: Any = None, **kwargs: Any) -> None:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tribunal.activations.extraction import DEFAULT_BATCH_TOKENS, check_layers
+from tribunal.activations.batches import Batches
+from tribunal.activations.extraction import check_layers
 from tribunal.activations.store import ActivationSet
 from tribunal.core.errors import DataError, ModelError, UserError
 from tribunal.core.records import Trace
@@ -68,7 +69,7 @@ class ActivationSource:
         """Traces run through the model so far; ``read``: examples whose vectors came from the store. For receipts and tests."""
         self.read = 0
         self.device = input_device(loaded.model)
-        self.batch_tokens = batch_tokens or DEFAULT_BATCH_TOKENS["cpu" if self.device.type == "cpu" else "cuda"]
+        self.batches = Batches(batch_tokens, self.device)
         self._numbers = {key: number for number, key in enumerate(traces.keys)}
         self._stored: dict[str, dict[int, tuple[str, int]]] = {}
         if store is not None:
@@ -81,6 +82,7 @@ class ActivationSource:
         Raises:
             DataError: an example speaks of a trace or a token that is not there.
             ModelError: a layer is out of range, or the model gives NaN or infinity.
+            UserError: one trace alone does not fit the memory.
         """
         by_trace: dict[str, list[Example]] = defaultdict(list)
         for example in examples:
@@ -90,11 +92,11 @@ class ActivationSource:
         self.read += sum(map(len, stored.values()))
         yield from self._from_store([e for known in stored.values() for e in known])
         missing = {key: [e for e in known if not self._in_store(e)] for key, known in by_trace.items()}
-        for batch in self._batches([self._wanted(key, known) for key, known in missing.items() if known]):
-            read = self._run(batch)
-            for wanted in batch:
-                for example in missing[wanted.key]:
-                    yield example.key, torch.cat([read[layer].at(wanted.key, example.tokens) for layer in example.layers])
+        wanted = [self._wanted(key, known) for key, known in missing.items() if known]
+        for batch, read in self.batches.run(wanted, self._run):
+            for one in batch:
+                for example in missing[one.key]:
+                    yield example.key, torch.cat([read[layer].at(one.key, example.tokens) for layer in example.layers])
 
     def _in_store(self, example: Example) -> bool:
         tokens = self._stored.get(example.trace_key, {})
@@ -130,14 +132,6 @@ class ActivationSource:
             raise DataError(f"{self.traces.path}: no trace {key}; the examples were made of other traces: make them again")
         return next(self.traces.read([self._numbers[key]]))
 
-    def _batches(self, wanted: list[_Wanted]) -> Iterator[list[_Wanted]]:
-        """Longest first, each as wide as its first; a longer trace than the budget runs alone."""
-        waiting = sorted(wanted, key=lambda w: (-len(w.ids), w.key))
-        while waiting:
-            size = max(1, self.batch_tokens // len(waiting[0].ids))
-            yield waiting[:size]
-            del waiting[:size]
-
     def _run(self, batch: Sequence[_Wanted]) -> Mapping[int, _Read]:
         """One pass: the wanted states by layer."""
         ids_BL = torch.zeros(len(batch), len(batch[0].ids), dtype=torch.long)
@@ -157,14 +151,8 @@ class ActivationSource:
 
             return keep
 
-        try:
-            with _as_base(self.loaded.model):
-                read_residual(self.loaded.model, ids_BL.to(self.device), {layer: see(layer) for layer in by_layer})
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"out of memory reading {len(batch)} traces of up to {len(batch[0].ids)} tokens; "
-                f"lower batch_tokens (now {self.batch_tokens})"
-            ) from error
+        with _as_base(self.loaded.model):
+            read_residual(self.loaded.model, ids_BL.to(self.device), {layer: see(layer) for layer in by_layer})
         self.passes += len(batch)
         found: dict[int, _Read] = {}
         for layer, rows_PD in read.items():

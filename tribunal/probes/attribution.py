@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from tribunal.activations.extraction import DEFAULT_BATCH_TOKENS
+from tribunal.activations.batches import DEFAULT_BATCH_TOKENS
 from tribunal.activations.poolings import spans
 from tribunal.core.errors import ConfigError, CorruptError, DataError, LabelError
 from tribunal.core.records import Problem, Trace, TraceLabel

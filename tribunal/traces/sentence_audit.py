@@ -118,8 +118,8 @@ class SentenceAudit:
             )
         if self.drowned:
             found.append(
-                f"in {self.drowned} of {self.suppressed} traces more than {MOST_DROWNED:.0%} of the sentences matter no more than rounding does: "
-                "their lower tiers are noise; load the model with model.dtype=float32 for label_sentences, or take rollouts"
+                f"in {self.drowned} of {self.suppressed} traces more than {MOST_DROWNED:.0%} of the sentences matter no more than rounding "
+                "does: their lower tiers are noise; load the model with model.dtype=float32 for label_sentences, or take rollouts"
             )
         for what, (label, name) in {"importance": ("importance", "tier"), "answers": ("answer_logprob", "third")}.items():
             if abs(position.get(what, 0.0)) > POSITION:
