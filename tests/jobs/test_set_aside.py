@@ -129,9 +129,9 @@ OVERRIDES = [f"{name}.{value}" for name, values in SMALL.items() for value in va
 
 @pytest.fixture
 def job(calibrated, tmp_path, monkeypatch):
-    """``job(name)`` on a copy of a whole calibration."""
+    """``job(name, override...)`` on a copy of a whole calibration."""
     monkeypatch.setenv("TRIBUNAL_ROOT", str(tmp_path))
-    return lambda name: calibrated.job(name, tmp_path, *OVERRIDES)
+    return lambda name, *overrides: calibrated.job(name, tmp_path, *OVERRIDES, *overrides)
 
 
 def published(made) -> tuple[Report, str]:
@@ -200,13 +200,18 @@ def test_a_trace_without_sentence_labels_is_left_out_and_the_audit_names_it(job)
     assert len(labelled) == 59 and key not in labelled
 
 
-def test_an_oracle_is_judged_without_an_earlier_checkpoint_but_not_without_a_control(job):
-    assert run(job("train_oracle"), quiet=True) == FINISHED
-    made = job("evaluate_oracle")
+def test_an_oracle_is_judged_without_another_adapter_which_is_named_but_not_without_a_control(job):
+    trained = job("train_oracle")
+    assert run(trained, quiet=True) == FINISHED
+    theirs = trained.results / "text_only"
+    made = job("evaluate_oracle", f"evaluate_oracle.published=[{theirs}]")
     plan = made.evaluation.plan()
     earlier = next(unit for unit in plan if unit.who.step is not None)
-    finish(made, [earlier.key])
-    report, _ = published(made)
+    lent = [unit for unit in plan if unit.who.adapter is not None and unit.condition == "zeroed" and unit.chunk == 0]
+    finish(made, [earlier.key, *(unit.key for unit in lent)])
+    report, missing = published(made)
+    named = ", ".join([f"step {earlier.who.step} on {earlier.task}", *(f"adapter {theirs} on {unit.task}" for unit in lent)])
+    assert len(lent) == 2 and f"Anything about {named}: answers ended the process and were set aside." in missing
     assert not [row for row in report.rows if row.name.startswith(f"{earlier.task}, ") and row.name.endswith(f"step {earlier.who.step}")]
     assert [row for row in report.rows if row.name.endswith(f"step {earlier.who.step}")], "the other task's answers stay"
     shutil.rmtree(made.results)

@@ -59,6 +59,7 @@ def test_it_publishes_adapters_that_peft_loads_each_with_a_card_that_is_true_of_
     for name, steps in {"adapter": facts.best_step, "step-000002": 2, "step-000004": 4}.items():
         assert f"This is step {steps} of 4" in cards[name] and f"Trained for {steps} steps, of a schedule of 4," in cards[name]
         assert "Vectors go in at the output of block 1" in cards[name]
+        assert "share of right answers (fuzzy), for free answers the mean F1 over words;" in cards[name]
         assert ("the best by validation" in cards[name]) == (steps == facts.best_step)
     control = cards["text_only"]
     assert "without any\nactivation: nothing is put in" in control and "Trained for 2 steps, of a schedule of 2," in control

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from tests.oracle.helpers import example
 from tribunal.oracle.probe import answer_by_probe
@@ -92,3 +93,32 @@ def test_a_rare_layer_or_question_is_answered_by_the_probe_on_all_examples():
         made = Differing(classes=["no", "yes"], turns=turns, counts=[800, 0, 12])  # the third turns as the first
         share, answers = ask(made, ("no", "yes"), by_question=True)
         assert share > 0.95 and len(answers) == 200
+
+
+class Unbalanced:
+    """85 % "yes", one vector an example; each of three layers holds a weak signal along a direction of its own."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        self.examples, self._vectors = [], {}
+        directions = rng.normal(size=(3, 32))
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+        for number in range(2400):
+            layer, yes = number % 3, rng.random() < 0.85
+            item = example(key=f"k{number}", target="yes" if yes else "no", choices=["no", "yes"], layers=[layer])
+            vector = rng.normal(size=32) + directions[layer] * (0.6, 0.5, 0.4)[layer] * (1 if yes else -1)
+            self.examples.append(item)
+            self._vectors[item.key] = torch.tensor(vector, dtype=torch.float32)[None]
+
+    def of(self, item):
+        return self._vectors[item.key]
+
+
+def test_log_odds_at_several_layers_are_of_one_scale_though_the_answer_is_nearly_always_yes():
+    made = Unbalanced()
+    items = made.examples[1200:]
+    answers = answer_by_probe(made.examples[:900], made.examples[900:1200], items, made, odds=("no", "yes"))
+    truth, odds = np.array([item.target == "yes" for item in items]), np.array([answer.odds for answer in answers])
+    by_layer = [roc_auc_score(truth[layer::3], odds[layer::3]) for layer in range(3)]
+    assert roc_auc_score(truth, odds) > np.mean(by_layer) - 0.03, "pooled, an item is compared with those of other layers too"
+    assert min(odds[layer::3].std() for layer in range(3)) > 0.1, "no layer's probe is constant"

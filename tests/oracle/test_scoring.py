@@ -50,9 +50,16 @@ def test_numbers_are_compared_whole():
         ("There was none, no", ["yes", "no"], "no"),
         ("Not at all.", ["not at all", "a lot"], "not at all"),
         ("low, not high", ["low", "high"], None),
+        ("1 is not carried", ["0", "1"], None),
+        ("High? Not at all.", ["low", "high"], None),
+        ("high is not what I would say", ["low", "high"], None),
+        ("High: no sentence matters more", ["low", "high"], "high"),
+        ("The 0; not carried", ["0", "1"], "0"),
+        ("1.5, not more", ["1", "2"], None),
+        ("No, it is not.", ["yes", "no"], "no"),
     ],
 )
-def test_a_denial_names_nothing_unless_the_answer_begins_with_its_choice_or_a_choice_is_one(answer, choices, named):
+def test_a_denial_names_nothing_unless_it_begins_with_a_choice_and_a_stop_or_a_choice_is_one(answer, choices, named):
     assert named_choice(answer, choices) == named
 
 
@@ -60,7 +67,16 @@ def test_exact_forgives_blanks_at_the_ends_and_nothing_else():
     assert exact(" yes\n", "yes") and not exact("Yes", "yes")
 
 
-SAID = {"Yes.": "yes", "no, it is not": "no", "TRUE": "yes", "Incorrect": "no", "maybe": None, "": None, "The answer is yes": None}
+SAID = {
+    "Yes.": "yes",
+    "No, it is not.": "no",
+    "no, it is not": "no",
+    "TRUE": "yes",
+    "Incorrect": "no",
+    "maybe": None,
+    "": None,
+    "The answer is yes": None,
+}
 
 
 @pytest.mark.parametrize(("text", "said"), SAID.items())

@@ -75,7 +75,7 @@ def test_an_oracle_that_is_right_where_its_controls_guess_reads_the_activations(
     made = report(task)
     assert made.verdict.startswith("Read from the activations: carry 1.000 [1.000, 1.000] (best control: ")
     assert not faults(made)
-    assert any(line.startswith("That asking beats a linear probe") and "carry" in line for line in made.not_supported)
+    assert any(line.startswith("That asking beats a linear probe") and "carry (exact match)" in line for line in made.not_supported)
 
 
 def test_an_oracle_that_a_control_equals_reads_the_prompt_and_that_is_said():
@@ -103,6 +103,20 @@ def test_log_odds_that_separate_behind_words_that_do_not_are_never_called_readin
     assert said.startswith("No task is read from the activations in words. ")
     for rival in ("text_only", "shuffled", "zeroed"):
         assert PROMPT_ONLY in report(scores(biased, **{rival: biased})).verdict, "log-odds that a control has too show nothing"
+
+
+def test_the_linear_probe_is_compared_by_the_metric_that_the_task_is_read_by_and_the_words_name_it():
+    biased = [ProbeAnswer("1", (5.0 if item.target == "1" else 3.0) + float(RNG.normal()) * 0.6) for item in ITEMS]
+    blunt = [ProbeAnswer(item.target, (1.0 if item.target == "1" else -1.0) + 3 * float(RNG.normal())) for item in ITEMS]
+    behind, ahead = scores(biased), scores(biased, linear_probe=blunt)
+    assert behind.read_by == ahead.read_by == "auroc"
+    assert behind.over_linear_probe.value == pytest.approx(behind.estimate("auroc", "oracle").value - 1)
+    assert "A linear probe on the same activations reads carry (AUROC) better than the oracle does" in report(behind).verdict
+    assert "That asking beats a linear probe on the same activations: it does not on carry (AUROC)." in report(behind).not_supported
+    assert ahead.over_linear_probe.interval[0] > 0, "though the probe's words are right and the oracle's are not"
+    assert "linear probe" not in report(ahead).verdict + " ".join(report(ahead).not_supported)
+    unread = scores(COIN)
+    assert unread.read_by is None and unread.over_linear_probe.value == unread.estimate("exact_match", "oracle").value - 1
 
 
 def test_right_answers_in_other_words_than_the_targets_are_read_from_the_activations():

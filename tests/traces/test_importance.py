@@ -14,6 +14,7 @@ from tests.oracle.helpers import BUILTIN, addition, made
 from tests.resume import StopAfter
 from tests.traces.helpers import decode
 from tribunal.core.work import Never
+from tribunal.models.generation import Finished
 from tribunal.models.loading import load_model
 from tribunal.models.suppression import Suppression
 from tribunal.traces.importance import AnswerTracker, Rollouts, by_suppression, effect, quantile_names, total_variation, within_groups
@@ -64,7 +65,37 @@ def test_of_traces_without_any_effect_few_are_ranked_and_a_sentence_that_decides
     assert beyond_chance([None, None]), "suppression leaves nothing to chance"
 
 
+def test_a_decisive_sentence_passes_however_many_sentences_its_trace_has():
+    decided = Counter("a" * 20), Counter("b" * 20)
+    for count in (100, 501, 3000):
+        p = effect(*decided, np.random.default_rng(0), count).p
+        assert beyond_chance([p] + [1.0] * (count - 1))
+    weak = Counter("a" * 12 + "b" * 8), Counter("a" * 8 + "b" * 12)
+    one, many = (effect(*weak, np.random.default_rng(0), count) for count in (1, 3000))
+    assert one == many, "what chance explains is settled by the first shuffles"
+
+
+class SameRollouts(Rollouts):
+    """From every place the same answers, without a model: measures differ by their shuffles alone."""
+
+    def __init__(self, seed: int) -> None:
+        self.loaded, self.settings, self.seed, self.sampler = None, RolloutSettings(samples=20, max_new_tokens=1, slots=1), seed, self
+
+    def run(self, requests, stop, state):
+        yield [Finished(request.key, [int(request.key.partition("/")[2])], [0.0], "stop", False) for request in requests]
+
+    def _answer(self, trace, cut, finished, problem):
+        return str(finished.tokens[0] % 3)
+
+
 def test_shuffles_depend_on_the_trace_the_place_and_the_seed_alone():
+    def by_chance(seed: int = 0, sample: int = 0, sentences: int = 5) -> list[float]:
+        trace, label, problem = made([f"Step {n} is written." for n in range(sentences)], sample=sample)
+        return [found.by_chance for found in SameRollouts(seed).measure(trace, label, problem, Never())]
+
+    known = by_chance()
+    assert known == by_chance() and known[:3] == by_chance(sentences=3), "neither on what else was measured"
+    assert len({*known, *by_chance(seed=1), *by_chance(sample=1)}) == 15
     same = [effect(Counter("aab"), Counter("abb"), np.random.default_rng(3)) for _ in range(2)]
     assert same[0] == same[1] == effect({"b": 1, "a": 2}, {"b": 2, "a": 1}, np.random.default_rng(3))
 

@@ -27,7 +27,8 @@ h' = {term}{injection["scale"]:g} {vector}, in the prompt's pass only. They are 
 {chr(10).join(lines)}
 
 {_schedule(settings, facts, step, facts.steps)}
-The score is the share of right answers (fuzzy); evaluate_oracle gives numbers with intervals and controls.
+The score is the share of right answers (fuzzy), for free answers the mean F1 over words; evaluate_oracle gives numbers with
+intervals and controls.
 
 Load it with `PeftModel.from_pretrained(model, folder)`; the injection is not part of the file.
 """

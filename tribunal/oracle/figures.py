@@ -42,7 +42,7 @@ def training(rows: Sequence[Json], validation: Sequence[Json], steps: int, path:
     axes[0, 1].axvline(best, color=plots.DARK, linewidth=1, linestyle=":")
     axes[0, 1].set_ylim(-0.02, 1.04)
     axes[0, 1].legend(loc="best", title=f"best: step {best}")
-    plots.tidy(axes[0, 1], "Validation: score of each task", "optimizer step", "share right (fuzzy)")
+    plots.tidy(axes[0, 1], "Validation: score of each task", "optimizer step", "share right (fuzzy); free answers: word-F1")
     plots.save(figure, path)
 
 

@@ -1,6 +1,7 @@
 """The linear probe beside an oracle: the same activations, the same split, the same question, no words.
 
-N items, K vectors of an item, D model width, C classes (one column where there are two), P penalties
+N items, K vectors of an item, D model width, C classes (one column where there are two), P penalties,
+O options (penalties, and again with a probe for each question)
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ def answer_by_probe(
     One direction cannot serve several layers, so there is a probe for each set of layers that examples read; one with too few
     training examples (``ENOUGH``) is answered by a probe on all of them. With ``by_question`` each question that has enough of
     them at these layers gets a probe of its own, the others keep that of the layers. Whether it does, and the penalty, is
-    decided for each set of layers by which is right most often on its validation examples: on a tie one probe for all
-    questions, then the smallest inverse penalty.
+    decided once for all sets of layers, so that their log-odds are of one scale: two classes by the log-loss (nats) of all
+    validation examples, which sees what a probe that nearly always says the same still tells apart; more by how many are right.
+    On a tie one probe for all questions, then the smallest inverse penalty.
 
     Args:
         odds: the two classes, the second one positive; None where there are more.
@@ -68,7 +70,7 @@ def answer_by_probe(
         labels_NC = torch.nn.functional.one_hot(target_N, len(classes))
         return torch.stack([training.ridge(labels_NC, c).scores(acts_ND) for c in PENALTIES])
 
-    answers: dict[int, ProbeAnswer] = {}
+    parts, order = [], []
     for layers, numbers in _places([tuple(example.layers) for example in asked]).items():
         mine = [example for example in train if tuple(example.layers) == layers]
         found = scores(mine if _enough(mine) else train, numbers)
@@ -79,13 +81,21 @@ def answer_by_probe(
                 if _enough(own):
                     apart[:, rows] = scores(own, [numbers[row] for row in rows])
             found = torch.cat([found, apart])
-        said = [_chosen(option) for option in found]
-        checked = [row for row, number in enumerate(numbers) if number < len(validation)]
-        right = [sum(classes[option[row]] == asked[numbers[row]].target for row in checked) for option in said]
-        best = right.index(max(right))
-        for row, number in enumerate(numbers):
-            answers[number] = ProbeAnswer(classes[said[best][row]], float(found[best, row, 0]) if odds else None)
-    return [answers[number] for number in range(len(validation), len(asked))]
+        parts.append(found)
+        order += numbers
+    scores_ONC = torch.cat(parts, 1)[:, torch.tensor(order).argsort()]
+    losses = _losses(scores_ONC[:, : len(validation)], [example.target for example in validation], classes)
+    best_NC = scores_ONC[losses.index(min(losses)), len(validation) :]
+    return [ProbeAnswer(classes[said], float(row[0]) if odds else None) for said, row in zip(_chosen(best_NC).tolist(), best_NC)]
+
+
+def _losses(scores_ONC: Tensor, targets: Sequence[str], classes: Sequence[str]) -> list[float]:
+    """Of each option, summed over examples: log-loss in nats where there are two classes, else how many are wrong."""
+    target_N = torch.tensor([classes.index(target) if target in classes else -1 for target in targets], device=scores_ONC.device)
+    if scores_ONC.shape[2] == 1:
+        odds_ON = scores_ONC[..., 0]
+        return (torch.nn.functional.softplus(odds_ON) - target_N * odds_ON).sum(1).tolist()
+    return (_chosen(scores_ONC) != target_N).sum(1).tolist()
 
 
 def _enough(examples: Sequence[Example]) -> bool:
@@ -100,11 +110,9 @@ def _places(names: Sequence[Hashable]) -> dict[Hashable, list[int]]:
     return found
 
 
-def _chosen(scores_NC: Tensor) -> list[int]:
-    """The class of each row: the sign of one column, the largest of several."""
-    if scores_NC.shape[1] == 1:
-        return (scores_NC[:, 0] >= 0).long().tolist()
-    return scores_NC.argmax(1).tolist()
+def _chosen(scores: Tensor) -> Tensor:
+    """The class of each row of [..., C]: the sign of one column, the largest of several."""
+    return (scores[..., 0] >= 0).long() if scores.shape[-1] == 1 else scores.argmax(-1)
 
 
 def _features(examples: Sequence[Example], vectors: Vectors, wide: bool) -> Tensor:

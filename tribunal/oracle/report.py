@@ -21,8 +21,8 @@ CONTROLS = {
     "text_only": "an adapter trained on and asked the same prompts, placeholders included, with nothing injected",
     "shuffled": "the same adapter with the activations of another problem's item of the same task",
     "zeroed": "the same adapter asked the same prompts with nothing injected",
-    "linear_probe": "logistic or ridge probe on the same activations and split, one for each set of layers and, on yes/no tasks, for each "
-    f"question where validation likes that better; on at most {PROBE_ITEMS} training examples of a task, evenly spaced",
+    "linear_probe": "logistic or ridge probe on the same activations and split, one for each set of layers and, on yes/no tasks where the "
+    f"log-loss of all validation examples is lower so, for each question; at most {PROBE_ITEMS} training examples of a task, evenly spaced",
 }
 
 
@@ -38,6 +38,7 @@ def publish(evaluation: OracleEvaluation, out: Path, *, records: Mapping[str, Js
     problems = {item.group for items in evaluation.items.values() for item in items}
     resamples = Resamples(sorted(problems), bootstrap, evaluation.seed)
     scores = [TaskScores(one, resamples) for given in answers.values() for one in given]
+    missing = [f"{who.name} on {task}" for who in evaluation.others for task in answers if who not in [one.who for one in answers[task]]]
     facts = evaluation.facts
     report = make_report(
         scores,
@@ -48,6 +49,7 @@ def publish(evaluation: OracleEvaluation, out: Path, *, records: Mapping[str, Js
         layers=sorted({layer for items in evaluation.items.values() for item in items for layer in item.layers}),
         figure=figures.RESULTS,
         best=facts.best_step,
+        set_aside=missing,
         details={
             "best_step": facts.best_step,
             "steps_trained": facts.steps,
@@ -65,7 +67,7 @@ def publish(evaluation: OracleEvaluation, out: Path, *, records: Mapping[str, Js
 
 
 def collect(evaluation: OracleEvaluation, task: str, records: Mapping[str, Json]) -> list[TaskAnswers]:
-    """All that was said to a task's items, by the best checkpoint first; another adapter needs all of its own controls too."""
+    """All that was said to a task's items, by the best checkpoint first; without all of its own controls another adapter is left out."""
     items, pair = evaluation.items[task], evaluation.pair(task)
     said: dict[str, Sequence[ProbeAnswer]] = {}
     for condition in (*evaluation.conditions, *(["linear_probe"] if task in evaluation.probed else [])):

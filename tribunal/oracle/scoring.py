@@ -49,8 +49,8 @@ def named_choice(answer: str, choices: Sequence[str], synonyms: Mapping[str, Seq
     """The one choice that an answer names, None where it names none or several.
 
     An answer that is a choice or its synonym counts as that; otherwise one that holds the words of exactly one choice does,
-    and does not deny it: a word like "not" counts as denial unless the answer begins with a choice ("0, no carry") or a choice
-    is such a word itself.
+    and does not deny it: a word like "not" counts as denial unless the answer begins with a choice and a comma, semicolon, point
+    or colon ("0, no carry"; "0 is not carried" denies it), or a choice is such a word itself.
     """
     said = normalise(answer)
     names = {choice: [normalise(name) for name in (choice, *(synonyms or {}).get(choice, ()))] for choice in choices}
@@ -65,7 +65,7 @@ def named_choice(answer: str, choices: Sequence[str], synonyms: Mapping[str, Seq
     longest = [s for s in spans if not any(o[0] <= s[0] and s[1] <= o[1] and o[1] - o[0] > s[1] - s[0] for o in spans)]
     found = {choice for _, _, choice in longest}
     plain = [normalise(choice) for choice in choices]
-    begins = any(re.match(rf"{re.escape(choice)}(?!\w)", said) for choice in plain)
+    begins = normalise(re.split(r"[,;:]|\.(?!\d)", answer, maxsplit=1)[0]) in plain
     if DENIAL.search(said) and not begins and not any(DENIAL.search(choice) for choice in plain):
         return None
     return found.pop() if len(found) == 1 else None

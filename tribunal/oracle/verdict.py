@@ -153,12 +153,16 @@ class TaskScores:
         return constancy([answer.text for answer in self.answers.said["oracle"]], [item.target for item in self.items])
 
     @property
+    def compared_by(self) -> str:
+        """The metric that the task is read by, the first that judges it where it is not read."""
+        return self.read_by or self.judged_by[0]
+
+    @property
     def over_linear_probe(self) -> Estimate | None:
-        """The oracle's lead over the probe; None for free answers, which no probe gives."""
+        """The oracle's lead over the probe by ``compared_by``; None for free answers, which no probe gives."""
         if "linear_probe" not in self.answers.said:
             return None
-        metric = self.judged_by[0]
-        return self.estimate(metric, "oracle").minus(self.estimate(metric, "linear_probe"))
+        return self.estimate(self.compared_by, "oracle").minus(self.estimate(self.compared_by, "linear_probe"))
 
     def sentence(self) -> str:
         """What this task shows."""
@@ -227,14 +231,20 @@ def finding(tasks: Sequence[TaskScores]) -> list[str]:
         parts = ["Read from the activations: " + "; ".join(task.sentence() for task in said)]
     else:
         parts = ["No task is read from the activations" + (" in words" if unspoken else "")]
-    if better := [task.task for task in (*said, *unspoken) if (over := task.over_linear_probe) is not None and over.interval[1] < 0]:
-        parts.append(f"A linear probe on the same activations reads {', '.join(better)} better than the oracle says it")
+    if better := [task for task in (*said, *unspoken) if (over := task.over_linear_probe) is not None and over.interval[1] < 0]:
+        parts.append(f"A linear probe on the same activations reads {_compared(better)} better than the oracle does")
     if others := [*unspoken, *(task for task in tasks if task.read_by is None)]:
         parts.append("; ".join(task.sentence() for task in others))
     return parts
 
 
-def not_supported(tasks: Sequence[TaskScores], *, planted: bool, text_only: bool, layers: Sequence[int]) -> list[str]:
+def _compared(tasks: Sequence[TaskScores]) -> str:
+    return ", ".join(f"{task.task} ({WORDS[task.compared_by]})" for task in tasks)
+
+
+def not_supported(
+    tasks: Sequence[TaskScores], *, planted: bool, text_only: bool, layers: Sequence[int], set_aside: Sequence[str]
+) -> list[str]:
     """What the numbers do not show."""
     lines = ["That the model uses what the oracle reads: nothing was intervened on."]
     lines.append("That the oracle knows what it cannot say, or says only what it reads: an answer beyond the tasks was not scored.")
@@ -242,12 +252,14 @@ def not_supported(tasks: Sequence[TaskScores], *, planted: bool, text_only: bool
         lines.append("Anything about reasoning models: the built-in model's signals were put there by its training.")
     if layers and max(layers) <= 1:
         lines.append(f"That more is read than the tokens asked about: their states at layer {max(layers)} nearly hold their identities.")
-    if not_better := [t.task for t in tasks if t.over_linear_probe is not None and not t.over_linear_probe.interval[0] > 0]:
-        lines.append(f"That asking beats a linear probe on the same activations: it does not on {', '.join(not_better)}.")
+    if not_better := [t for t in tasks if t.over_linear_probe is not None and not t.over_linear_probe.interval[0] > 0]:
+        lines.append(f"That asking beats a linear probe on the same activations: it does not on {_compared(not_better)}.")
     if free := [task.task for task in tasks if task.over_linear_probe is None]:
         lines.append(f"A comparison with a linear probe on {', '.join(free)}: the answers are free text.")
     if not text_only:
         lines.append("A comparison with an adapter trained without activations: train_oracle.text_only_steps is 0.")
+    if set_aside:
+        lines.append(f"Anything about {', '.join(set_aside)}: answers ended the process and were set aside.")
     return lines
 
 
@@ -262,8 +274,13 @@ def make_report(
     figure: str,
     details: Mapping[str, Any],
     best: int,
+    set_aside: Sequence[str] = (),
 ) -> Report:
-    """Rows and words of all adapters: the best checkpoint's (step ``best``) first, then published ones, then other steps."""
+    """Rows and words of all adapters: the best checkpoint's (step ``best``) first, then published ones, then other steps.
+
+    Args:
+        set_aside: "<adapter or step> on <task>" of those that have no scores because answers were set aside.
+    """
     tasks = [task for task in scores if task.who == BEST]
     published = [task for task in scores if task.who.adapter is not None]
     steps = [task for task in scores if task.who.step is not None]
@@ -276,7 +293,7 @@ def make_report(
         job=job,
         experiment=experiment,
         verdict=verdict(scores, planted=planted),
-        not_supported=not_supported(tasks, planted=planted, text_only=text_only, layers=layers),
+        not_supported=not_supported(tasks, planted=planted, text_only=text_only, layers=layers, set_aside=set_aside),
         figures=[figure],
         rows=[row for task in (*tasks, *published, *steps) for row in task.rows()],
         details={

@@ -23,11 +23,13 @@ from tribunal.models.generation import Finished, Request, Sampler
 from tribunal.models.loading import LoadedModel
 from tribunal.models.residual import capture
 from tribunal.models.suppression import Suppression, lens_logprobs
-from tribunal.traces.sentence_labels import RolloutSettings
+from tribunal.traces.sentence_labels import CHANCE, RolloutSettings
 from tribunal.traces.sentences import TokenOffsets
 
 NO_ANSWER = ""
 SHUFFLES = 9999
+FEW = 10
+"""More shuffles than this that part the answers as far settle that a sentence of a long trace is within chance."""
 
 
 class Effect(NamedTuple):
@@ -98,7 +100,7 @@ class Rollouts:
         for key, answer in state.answers.items():
             found[int(key.partition("/")[0])][answer] += 1
         effects: list[Effect | None] = [
-            effect(before, after, np.random.default_rng(stream(self.seed, f"shuffles of {trace.key} at {place}", 0)))
+            effect(before, after, np.random.default_rng(stream(self.seed, f"shuffles of {trace.key} at {place}", 0)), count)
             for place, (before, after) in enumerate(pairwise(found))
         ]
         return effects + [None] * (len(label.sentences) - count)
@@ -147,12 +149,22 @@ def total_variation(a: Mapping[str, int], b: Mapping[str, int]) -> float:
     return 0.5 * sum(abs(a.get(name, 0) / n - b.get(name, 0) / m) for name in {*a, *b})
 
 
-def effect(before: Mapping[str, int], after: Mapping[str, int], rng: np.random.Generator) -> Effect:
-    """The distance of two sets of as many answers, beside that of the same answers dealt out at random (permutation test)."""
+def effect(before: Mapping[str, int], after: Mapping[str, int], rng: np.random.Generator, sentences: int = 1) -> Effect:
+    """The distance of two sets of as many answers, beside that of the same answers dealt out at random (permutation test).
+
+    A p-value is at least one over the number of deals, and ``beyond_chance`` asks for ``CHANCE`` over that of sentences: where at
+    most ``FEW`` of the first ``SHUFFLES`` deals part the answers as far, there are twice as many as that takes, if that is more.
+    """
     distance, n = total_variation(before, after), sum(before.values())
     both = np.array([before.get(name, 0) + after.get(name, 0) for name in sorted({*before, *after})])
-    dealt = np.abs(2 * rng.multivariate_hypergeometric(both, n, size=SHUFFLES) - both).sum(axis=1) / (2 * n)
-    return Effect(distance, float(dealt.mean()), (1 + int((dealt > distance - 1e-9).sum())) / (1 + SHUFFLES))
+
+    def deal(count: int) -> np.ndarray:
+        return np.abs(2 * rng.multivariate_hypergeometric(both, n, size=count) - both).sum(axis=1) / (2 * n)
+
+    dealt, more = deal(SHUFFLES), round(2 * sentences / CHANCE) - SHUFFLES
+    if more > 0 and (dealt > distance - 1e-9).sum() <= FEW:
+        dealt = np.concatenate([dealt, deal(more)])
+    return Effect(distance, float(dealt.mean()), (1 + int((dealt > distance - 1e-9).sum())) / (1 + len(dealt)))
 
 
 class AnswerTracker:
