@@ -18,6 +18,7 @@ from tribunal.core.errors import ConfigError, LabelError, ModelError, UserError
 from tribunal.core.receipts import RECEIPT, digest, hash_outputs
 from tribunal.core.storage import write_json, write_jsonl
 from tribunal.models.loading import load_model
+from tribunal.oracle.report import about_text_only
 from tribunal.oracle.settings import adapter_digest, read_facts
 
 SMALL = (
@@ -82,6 +83,11 @@ def test_an_oracle_goes_on_from_a_published_adapter(make, tmp_path):
     card = (make().results / "adapter" / "README.md").read_text()
     assert f"from the adapter {adapter_digest(str(folder / 'adapter'))};" in card and str(tmp_path) not in card
     assert config["r"] == 2 and not (make().results / "text_only").exists() and receipt["config"]["train_oracle"]["start_from"]
+    facts = read_facts(make().results)
+    assert facts.start_from == adapter_digest(str(folder / "adapter"))
+    assert about_text_only(facts) == ["A comparison with an adapter trained without activations: train_oracle.text_only_steps is 0."]
+    shorter, started = about_text_only(facts.model_copy(update={"text_only_steps": 1}))
+    assert "1 steps, the oracle 2" in shorter and f"it started from {facts.start_from}, which may have seen some" in started
 
 
 def test_tensorboard_shows_all_generations_as_one_run_with_the_loss_and_each_tasks_score(make, tmp_path):

@@ -43,7 +43,7 @@ def report(*tasks: TaskScores, planted: bool = False):
     given = {
         "job": "evaluate_oracle",
         "experiment": "made",
-        "text_only": True,
+        "control": [],
         "layers": [1],
         "figure": "f.png",
         "details": {},

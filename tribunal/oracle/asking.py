@@ -26,7 +26,7 @@ class Reply(NamedTuple):
     """What was asked about, and every answer.
 
     Attributes:
-        answer: the oracle's. zeroed: its answer with nothing injected. text_only: of the adapter that never saw an activation,
+        answer: the oracle's. zeroed: its answer with nothing injected. text_only: of the adapter trained without activations,
             to the same prompt.
     """
 

@@ -5,7 +5,7 @@ Conditions under which a question is put, the first three to every adapter (the 
 * ``oracle``: its own activations.
 * ``shuffled``: the activations of another problem's item of the same task.
 * ``zeroed``: the same prompt, placeholders included, and nothing injected.
-* ``text_only``: that prompt to an adapter that was trained as long on such prompts and never saw an activation.
+* ``text_only``: that prompt to an adapter that was trained on such prompts without any activation.
 
 ``majority`` is the most frequent target of the training examples, of two answers with their shares as log-odds; ``linear_probe``
 is fitted on the same activations and split.

@@ -14,6 +14,7 @@ from tribunal.oracle import figures
 from tribunal.oracle.evaluation import BEST, CONDITIONS, PROBE_ITEMS, OracleEvaluation, Who
 from tribunal.oracle.probe import ProbeAnswer
 from tribunal.oracle.scoring import exact, fuzzy
+from tribunal.oracle.settings import OracleFacts
 from tribunal.oracle.verdict import TaskAnswers, TaskScores, make_report
 
 CONTROLS = {
@@ -45,7 +46,7 @@ def publish(evaluation: OracleEvaluation, out: Path, *, records: Mapping[str, Js
         job="evaluate_oracle",
         experiment=experiment,
         planted=facts.planted,
-        text_only=bool(facts.text_only_steps),
+        control=about_text_only(facts),
         layers=sorted({layer for items in evaluation.items.values() for item in items for layer in item.layers}),
         figure=figures.RESULTS,
         best=facts.best_step,
@@ -64,6 +65,18 @@ def publish(evaluation: OracleEvaluation, out: Path, *, records: Mapping[str, Js
     figures.results(headlines, report.details["steps"], out / figures.RESULTS, title=title)
     write_jsonl(out / "items.jsonl", (row for given in answers.values() for row in item_rows(given)))
     write_report(out, report)
+
+
+def about_text_only(facts: OracleFacts) -> list[str]:
+    """What the control text_only does not show of this oracle."""
+    if not facts.text_only_steps:
+        return ["A comparison with an adapter trained without activations: train_oracle.text_only_steps is 0."]
+    lines = []
+    if facts.text_only_steps < facts.steps:
+        lines.append(f"What text_only would reach if it were trained as long: {facts.text_only_steps} steps, the oracle {facts.steps}.")
+    if facts.start_from is not None:
+        lines.append(f"That text_only knows no activation: like the oracle it started from {facts.start_from}, which may have seen some.")
+    return lines
 
 
 def collect(evaluation: OracleEvaluation, task: str, records: Mapping[str, Json]) -> list[TaskAnswers]:

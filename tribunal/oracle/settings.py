@@ -19,7 +19,7 @@ from tribunal.oracle.tasks.task import ExampleSettings, Need, known_tasks, task_
 
 FACTS = "oracle.json"
 ADAPTER, TEXT_ONLY, CHECKPOINTS = "adapter", "text_only", "checkpoints"
-"""Folders of the results: the best adapter, the one that never saw an activation, and those kept along the way."""
+"""Folders of the results: the best adapter, the one that was trained without activations, and those kept along the way."""
 SENTENCE_NEEDS: frozenset[Need] = frozenset({"classes", "importance", "answers"})
 """What only label_sentences can give."""
 
@@ -70,7 +70,7 @@ class OracleSettings(Section):
     validate_items: int = Field(64, ge=1, description="validation examples of each task that are answered each time")
     keep: int = Field(4, ge=1, description="adapters kept, evenly spaced, the last step's among them; the best comes on top")
     text_only_steps: int | None = Field(
-        None, ge=0, description="steps of the control: a second adapter that never sees an activation; default: as many; 0: no such control"
+        None, ge=0, description="steps of the control: a second adapter trained without activations; default: as many; 0: no such control"
     )
     slots: int = Field(64, ge=1, description="questions answered together")
     max_new_tokens: int = Field(64, ge=1, description="longest answer")
@@ -118,6 +118,7 @@ class OracleFacts(Record):
     best_step: int
     kept: list[int] = Field(description="steps whose adapters lie under checkpoints/")
     text_only_steps: int
+    start_from: str | None = Field(description="digest or hub name of the adapter that both runs started from; null: fresh ones")
     counts: dict[str, dict[str, int]] = Field(description="examples by task and split")
     validation: dict[str, Any] | None = Field(description="score, loss and tasks of the best step")
     planted: bool

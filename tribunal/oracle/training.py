@@ -48,7 +48,7 @@ from tribunal.oracle.corpus import Corpus
 from tribunal.oracle.examples import Example
 from tribunal.oracle.prompts import OraclePrompts
 from tribunal.oracle.scoring import exact, fuzzy
-from tribunal.oracle.settings import ADAPTER, FACTS, TEXT_ONLY, OracleFacts, OracleSettings
+from tribunal.oracle.settings import ADAPTER, FACTS, TEXT_ONLY, OracleFacts, OracleSettings, adapter_digest
 from tribunal.oracle.vectors import VectorLayout, Vectors
 
 RUNS = ("oracle", TEXT_ONLY)
@@ -310,6 +310,7 @@ def publish(training: OracleTraining, out: Path, *, oracle: Path, text_only: Pat
         best_step=best["step"],
         kept=sorted(kept),
         text_only_steps=training.text_only_steps,
+        start_from=adapter_digest(settings.start_from) if settings.start_from is not None else None,
         counts=training.corpus.counts(),
         validation=best,
         planted=training.planted,

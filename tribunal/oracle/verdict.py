@@ -243,9 +243,9 @@ def _compared(tasks: Sequence[TaskScores]) -> str:
 
 
 def not_supported(
-    tasks: Sequence[TaskScores], *, planted: bool, text_only: bool, layers: Sequence[int], set_aside: Sequence[str]
+    tasks: Sequence[TaskScores], *, planted: bool, control: Sequence[str], layers: Sequence[int], set_aside: Sequence[str]
 ) -> list[str]:
-    """What the numbers do not show."""
+    """What the numbers do not show; ``control`` are the lines about text_only."""
     lines = ["That the model uses what the oracle reads: nothing was intervened on."]
     lines.append("That the oracle knows what it cannot say, or says only what it reads: an answer beyond the tasks was not scored.")
     if planted:
@@ -256,8 +256,7 @@ def not_supported(
         lines.append(f"That asking beats a linear probe on the same activations: it does not on {_compared(not_better)}.")
     if free := [task.task for task in tasks if task.over_linear_probe is None]:
         lines.append(f"A comparison with a linear probe on {', '.join(free)}: the answers are free text.")
-    if not text_only:
-        lines.append("A comparison with an adapter trained without activations: train_oracle.text_only_steps is 0.")
+    lines += control
     if set_aside:
         lines.append(f"Anything about {', '.join(set_aside)}: answers ended the process and were set aside.")
     return lines
@@ -269,7 +268,7 @@ def make_report(
     job: str,
     experiment: str,
     planted: bool,
-    text_only: bool,
+    control: Sequence[str],
     layers: Sequence[int],
     figure: str,
     details: Mapping[str, Any],
@@ -293,7 +292,7 @@ def make_report(
         job=job,
         experiment=experiment,
         verdict=verdict(scores, planted=planted),
-        not_supported=not_supported(tasks, planted=planted, text_only=text_only, layers=layers, set_aside=set_aside),
+        not_supported=not_supported(tasks, planted=planted, control=control, layers=layers, set_aside=set_aside),
         figures=[figure],
         rows=[row for task in (*tasks, *published, *steps) for row in task.rows()],
         details={
