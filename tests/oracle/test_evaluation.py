@@ -44,7 +44,8 @@ def evaluation(examples: list[Example], published: Sequence[str] = ()) -> Oracle
     loaded = load_model(BUILTIN)
     known: dict[str, Any] = {
         "model": {}, "dtype": "float32", "seed": 0, "tasks": ["carry"], "examples": {}, "injection": {"mode": "replace"}, "planted": True,
-        "placeholder": "<act>", "max_new_tokens": 4, "slots": 4, "steps": 9, "best_step": 9, "kept": [4, 9], "text_only_steps": 9, "start_from": None,
+        "placeholder": "<act>", "max_new_tokens": 4, "slots": 4, "steps": 9, "best_step": 9, "kept": [4, 9],
+        "text_only_steps": 9, "start_from": None,
         "counts": {}, "validation": None, "examples_sha256": "",
     }  # fmt: skip
     corpus: Any = SimpleNamespace(examples=examples, of_split=lambda split: [e for e in examples if e.split == split])
