@@ -53,6 +53,11 @@ class EvaluateOracle(Job[Config]):
         reads = experiment.section("train_oracle", OracleSettings).reads
         self.needs = ("generate_traces", "label_traces", *reads, "train_oracle")  # type: ignore[misc, assignment]
 
+    def check(self) -> None:
+        from tribunal.models.adapters import refuse_foreign
+
+        refuse_foreign(self.config.published, self.experiment.model.name)
+
     def fingerprint(self) -> Json:
         values = super().fingerprint()
         if self.config.published:

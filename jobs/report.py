@@ -74,16 +74,19 @@ def page(experiment: str) -> str:
     Raises:
         UserError: nothing has, or a file is not the one that its receipt names.
     """
+    from tribunal.cluster.launch import job_kind
     from tribunal.cluster.pipelines import PIPELINES
     from tribunal.cluster.status import unfinished
     from tribunal.report.page import build
 
-    return build(
-        root() / "results" / experiment,
-        pipelines=PIPELINES,
-        unfinished=unfinished(experiment),
-        leave_out=[NAME],
-    )
+    results, begun = root() / "results" / experiment, unfinished(experiment)
+    known = registry.names("jobs")
+
+    def shown(job: str) -> bool:
+        return (results / job).exists() or job in begun or not (job in known and job_kind(job).only_if_read)
+
+    pipelines = {name: [job for job in jobs if shown(job)] for name, jobs in PIPELINES.items()}
+    return build(results, pipelines=pipelines, unfinished=begun, leave_out=[NAME])
 
 
 def write_page(experiment: str) -> Path:

@@ -40,11 +40,13 @@ class TrainOracle(Job[Config]):
         self.needs = ("generate_traces", "label_traces", *self.config.reads)  # type: ignore[misc, assignment]
 
     def check(self) -> None:
+        from tribunal.models.adapters import refuse_foreign
         from tribunal.models.describe import describe_model
         from tribunal.oracle.tasks.task import require
         from tribunal.oracle.training import refuse
 
         where = f"{self.experiment.path}: {self.name}"
+        refuse_foreign([self.config.start_from] if self.config.start_from is not None else [], self.experiment.model.name)
         require(self.config.tasks, available(self.experiment, self.config.examples), where)
         self.config.examples.require_files(where)
         refuse(self.config, describe_model(self.experiment.model).n_layers, where)
@@ -85,13 +87,15 @@ class TrainOracle(Job[Config]):
 
     def build(self) -> Work:
         from tribunal.models.oracle_training import SharedFiles, rank_and_world
-        from tribunal.models.tracking import tracker
+        from tribunal.models.tracking import require_login, tracker
         from tribunal.models.training import TrainerWork
         from tribunal.oracle.training import LaterSteps, Phases
 
         training, (rank, world) = self.training, rank_and_world()
         training.require_processes(world)
         if rank == 0:
+            if self.config.tracker is not None:
+                require_login(self.config.tracker)
             print(f"{self.name}: the labels\n{training.audit.table()}", flush=True)
         journal = self.journal if rank == 0 else Journal(self.state / "journal", writer=f"rank-{rank}.{self.epoch}")
 

@@ -51,7 +51,8 @@ def test_the_answer_stands_beside_those_without_activations(ask):
     assert code == 0, output
     assert re.search(r"^sentence 0 of .+: \d\+\d=\d+ write \d", output, re.MULTILINE)
     assert re.search(r"^oracle \(step [24]; 11 tokens at layer 1\): ", output, re.MULTILINE)
-    assert re.search(r"^with nothing injected: .*\ntrained without activations: ", output, re.MULTILINE)
+    assert re.search(r"^with nothing injected: .*\ntrained without activations: ", output, re.MULTILINE) and "note" not in output
+    assert "note: this was not trained on layer 2\n" in ask("c", "--layer", "2")[1]
 
 
 def test_a_task_is_asked_about_the_layer_and_the_tokens_that_it_was_trained_on(root, ask, monkeypatch):

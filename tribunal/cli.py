@@ -8,7 +8,7 @@ tribunal collect --pack directions.zip
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -142,9 +142,22 @@ def _run(what: str, path: Path, overrides: list[str] | None, limit: int | None, 
             from tribunal.probes.collect import conclude
 
             print(conclude(root() / "results" / experiment.name))
+        if code == 0:
+            _say_verdicts([name for name in names if name != "train_probes"], root() / "results" / experiment.name)
         return code
 
     _guarded(body)
+
+
+def _say_verdicts(names: Sequence[str], results: Path) -> None:
+    """What each job that measures has found, and where the page is."""
+    from tribunal.core.reports import REPORT, read_report
+
+    for name in names:
+        if (path := results / name / REPORT).exists():
+            print(f"\n{name}: {read_report(path).verdict}")
+    if "report" in names:
+        print(f"\n{results / 'report.html'}")
 
 
 def _guarded(body: Callable[[], int]) -> None:

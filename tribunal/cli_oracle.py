@@ -53,6 +53,8 @@ def ask(
         )
         print(f"sentence {sentence} of {trace}: {reply.sentence}")
         print(f"oracle (step {reply.step}; {len(reply.tokens)} tokens at layer {', '.join(map(str, reply.layers))}): {reply.answer}")
+        if reply.unseen:
+            print(f"note: this was not trained on layer {', '.join(map(str, reply.unseen))}")
         print(f"with nothing injected: {reply.zeroed}")
         if reply.text_only is not None:
             print(f"trained without activations: {reply.text_only}")

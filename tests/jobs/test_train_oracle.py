@@ -14,6 +14,7 @@ from jobs.train_oracle import TrainOracle
 from tests.resume import StopAfter, assert_resume_is_exact, undisturbed
 from tribunal.activations.store import META
 from tribunal.cluster.launch import CONTINUE, FINISHED, run
+from tribunal.cluster.pipelines import run_pipeline
 from tribunal.core.errors import ConfigError, LabelError, ModelError, UserError
 from tribunal.core.receipts import RECEIPT, digest, hash_outputs
 from tribunal.core.storage import write_json, write_jsonl
@@ -126,7 +127,7 @@ def test_wandb_gets_all_generations_under_one_run_id(make, tmp_path, monkeypatch
 
 def foreign(tmp_path: Path, **changes: str) -> Path:
     folder = tmp_path / "foreign"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     write_json(folder / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "Qwen/Qwen3-8B", **changes})
     return folder
 
@@ -138,6 +139,7 @@ def foreign(tmp_path: Path, **changes: str) -> Path:
         (["train_oracle.examples={layers: [1, 3]}"], ConfigError, r"examples\.layers: no layer 3; the model has 3 layers, 0 to 2"),
         (["train_oracle.examples={layers: [1, 1]}"], ConfigError, r"train_oracle\.examples\.layers: .*layer 1 is given twice"),
         (["train_oracle.injection={layer: 7}"], ConfigError, r"injection\.layer: no layer 7"),
+        (["train_oracle.injection={layer: 2}"], ConfigError, r"injection\.layer: 2 is the last block: no later token sees"),
         (["train_oracle.tasks=[yes_no]"], ConfigError, r"task 'yes_no' needs examples\.yes_no"),
         (["train_oracle.tracker=tensorbord"], ConfigError, r"train_oracle\.tracker"),
         (["train_oracle.examples={yes_no: gone.jsonl}"], ConfigError, r"train_oracle\.examples\.yes_no: no such file: gone\.jsonl"),
@@ -176,9 +178,21 @@ def test_a_question_file_is_known_by_its_content(make, tmp_path):
     assert found[0] != found[1] and make().fingerprint()["files"] == {}
 
 
-def test_an_adapter_of_another_model_is_refused_before_any_step(make, tmp_path):
-    with pytest.raises(ModelError, match=r"was trained on Qwen/Qwen3-8B, but the model is builtin:addition"):
-        make(f"train_oracle.start_from={foreign(tmp_path)}").build()
+def test_an_adapter_of_another_model_is_refused_before_any_job_of_the_pipeline(make, tmp_path):
+    for setting in (f"train_oracle.start_from={foreign(tmp_path)}", f"evaluate_oracle.published=[{foreign(tmp_path)}]"):
+        with pytest.raises(ModelError, match=r"was trained on Qwen/Qwen3-8B, but the model is builtin:addition"):
+            run_pipeline(("train_oracle", "evaluate_oracle"), make(setting).experiment)
+    assert not make().state.exists()
+
+
+def test_wandb_without_a_login_is_refused_before_anything_is_read(make, monkeypatch, tmp_path):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    job = make("train_oracle.tracker=wandb")
+    with pytest.raises(ConfigError, match=r"nobody is logged in to wandb here: run `wandb login` .* WANDB_MODE=offline"):
+        job.build()
+    assert not (job.state / "parts").exists()
 
 
 def test_activations_of_another_revision_are_refused_before_any_step(make):

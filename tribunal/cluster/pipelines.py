@@ -51,10 +51,13 @@ def selected(words: Sequence[str], experiment: Experiment) -> tuple[str, ...]:
 def run_pipeline(names: Sequence[str], experiment: Experiment) -> int:
     """Run jobs one after the other in this process; returns the first exit code that is not 0.
 
-    Every job's input is checked before the first one starts.
+    Every job's input is checked before the first one starts: that it is there, or will be, first.
     """
     for name in names:
         job = make_job(name, experiment)
+        for needed in job.needs:
+            if needed not in names:
+                job.results_of(needed)
         if not finished(job):
             job.check()
     for name in names:

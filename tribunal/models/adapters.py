@@ -10,7 +10,7 @@ import contextlib
 import json
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def load_adapter(loaded: LoadedModel, source: str | Path, *, trainable: bool = F
     """
     detach(loaded.model)
     folder = find_adapter(source)
-    require_base(folder, loaded)
+    require_base(folder, loaded.name, loaded.revision)
     try:
         with _quiet():
             peft = PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=trainable)
@@ -122,9 +122,9 @@ def find_adapter(source: str | Path) -> Path:
         if not (path / CONFIG).is_file():
             raise ModelError(f"adapter: {source} holds no {CONFIG}; give a folder that PEFT's save_pretrained wrote")
         return path
-    name, commit = hub_name(str(source))
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not _on_the_hub(source):
         raise ModelError(f"adapter: no such folder: {source}")
+    name, commit = hub_name(str(source))
     try:
         return Path(snapshot_download(name, revision=commit, allow_patterns=["adapter_*", CARD]))
     except (OSError, ValueError) as error:
@@ -134,21 +134,39 @@ def find_adapter(source: str | Path) -> Path:
         ) from error
 
 
-def require_base(folder: Path, loaded: LoadedModel) -> None:
+def _on_the_hub(source: str | Path) -> bool:
+    name = hub_name(str(source))[0]
+    return not Path(source).expanduser().is_dir() and name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def require_base(folder: Path, name: str, revision: str | None = None) -> None:
     """Refuse an adapter that says it was trained on another model.
 
+    Args:
+        revision: of the model, where it is known: a local one's is told by its content.
     Raises:
         ModelError: names the two models.
     """
     config = _config(folder)
-    base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    other = bool(base) and base != loaded.name and not _local(str(base)) and not _local(loaded.name)
-    if other or (base == loaded.name and revision and _local(str(revision)) and revision != loaded.revision):
-        trained = f"{base}@{revision}" if revision else base
+    base, theirs = config.get("base_model_name_or_path"), config.get("revision")
+    other = bool(base) and base != name and not _local(str(base)) and not _local(name)
+    if other or (revision and base == name and theirs and _local(str(theirs)) and theirs != revision):
+        trained = f"{base}@{theirs}" if theirs else base
+        ours = f"{name}@{revision}" if revision else name
         raise ModelError(
-            f"adapter: {folder} was trained on {trained}, but the model is {loaded.name}@{loaded.revision}; "
-            "give the model it belongs to, or train another adapter"
+            f"adapter: {folder} was trained on {trained}, but the model is {ours}; give the model it belongs to, or train another adapter"
         )
+
+
+def refuse_foreign(sources: Iterable[str], model: str) -> None:
+    """Refuse adapters in local folders that are none, or say that they are another model's, before any model is loaded.
+
+    Raises:
+        ModelError: names the adapter.
+    """
+    for source in sources:
+        if not _on_the_hub(source):
+            require_base(find_adapter(source), model)
 
 
 def adapter_state(peft: PeftModel) -> dict[str, Tensor]:

@@ -9,9 +9,25 @@ from typing import Any, Literal
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
+from tribunal.core.errors import ConfigError
 from tribunal.core.storage import make_folder
 
 Tracker = Literal["tensorboard", "wandb"]
+
+
+def require_login(kind: Tracker) -> None:
+    """Refuse W&B without credentials, which it would ask for in the middle of the work.
+
+    Raises:
+        ConfigError: says what to set.
+    """
+    if kind == "wandb" and os.environ.get("WANDB_MODE", "online") in ("online", "shared"):
+        import wandb
+
+        if not wandb.login(prompt=False):
+            raise ConfigError(
+                "train_oracle.tracker: nobody is logged in to wandb here: run `wandb login` or set WANDB_API_KEY, or WANDB_MODE=offline"
+            )
 
 
 def tracker(kind: Tracker, run_id: str, folder: Path) -> TrainerCallback:

@@ -26,6 +26,7 @@ class Reply(NamedTuple):
     """What was asked about, and every answer.
 
     Attributes:
+        unseen: those of the layers that questions of this kind were not trained on.
         answer: the oracle's. zeroed: its answer with nothing injected. text_only: of the adapter trained without activations,
             to the same prompt.
     """
@@ -33,6 +34,7 @@ class Reply(NamedTuple):
     sentence: str
     tokens: list[int]
     layers: list[int]
+    unseen: list[int]
     step: int
     answer: str
     zeroed: str
@@ -107,7 +109,9 @@ def ask(
     finally:
         detach(loaded.model)
     text = loaded.format.decode(trace.completion_ids[span.start_token : span.end_token])
-    return Reply(text, example.tokens, example.layers, facts.best_step if step is None else step, answer, zeroed, text_only)
+    trained = _trained_layers(loaded, settings, task)
+    unseen = [one for one in example.layers if one not in trained]
+    return Reply(text, example.tokens, example.layers, unseen, facts.best_step if step is None else step, answer, zeroed, text_only)
 
 
 def _task_of(question: str, tasks: Sequence[str], *, builtin: bool) -> type[BaseTask] | None:
@@ -132,5 +136,9 @@ def _layers(loaded: LoadedModel, settings: ExampleSettings, task: type[BaseTask]
         if not 0 <= layer < loaded.n_layers:
             raise ConfigError(f"--layer {layer}: {loaded.name} has {loaded.n_layers} layers, 0 to {loaded.n_layers - 1}")
         return [layer]
-    known = settings.layers or (list(task.builtin_layers) if task and is_builtin(loaded) else default_layers(loaded.n_layers))
+    known = _trained_layers(loaded, settings, task)
     return known if settings.layers_per_example == "all" else [known[len(known) // 2]]
+
+
+def _trained_layers(loaded: LoadedModel, settings: ExampleSettings, task: type[BaseTask] | None) -> list[int]:
+    return settings.layers or (list(task.builtin_layers) if task and is_builtin(loaded) else default_layers(loaded.n_layers))

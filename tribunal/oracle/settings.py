@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator
 
 from tribunal.core.config import ADAPTERS, NO_EFFECT_ON_RESULTS, Experiment, Section
 from tribunal.core.errors import CorruptError
@@ -79,11 +79,12 @@ class OracleSettings(Section):
         None, description="also report there, all generations to one run", json_schema_extra=NO_EFFECT_ON_RESULTS
     )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> OracleSettings:
-        if self.tracker and not any(importlib.util.find_spec(name) for name in (self.tracker, f"{self.tracker}X")):
-            raise ValueError(f"tracker: {self.tracker} is not installed here: pip install {self.tracker}, or leave tracker out")
-        return self
+    @field_validator("tracker")
+    @classmethod
+    def _installed(cls, tracker: str | None) -> str | None:
+        if tracker and not any(importlib.util.find_spec(name) for name in (tracker, f"{tracker}X")):
+            raise ValueError(f"{tracker} is not installed here: pip install {tracker}, or leave tracker out")
+        return tracker
 
     @field_validator("tasks")
     @classmethod

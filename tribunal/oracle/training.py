@@ -350,3 +350,7 @@ def refuse(settings: OracleSettings, n_layers: int, where: str) -> None:
         for layer in layers:
             if not 0 <= layer < n_layers:
                 raise ConfigError(f"{where}.{field}: no layer {layer}; the model has {n_layers} layers, 0 to {n_layers - 1}")
+    if settings.injection.layer == n_layers - 1:
+        raise ConfigError(
+            f"{where}.injection.layer: {n_layers - 1} is the last block: no later token sees what is injected there; take an earlier one"
+        )
