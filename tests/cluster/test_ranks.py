@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import threading
 
+from tribunal.cluster.ledger import gpus
 from tribunal.cluster.ranks import Meeting, local_rank
-from tribunal.cluster.slurm import Start
+from tribunal.cluster.slurm import Start, own_devices
 
 
 def meetings(state, ranks: int = 3) -> list[Meeting]:
@@ -47,3 +48,21 @@ def test_a_task_that_sees_one_gpu_uses_it_whatever_its_number_on_the_node():
     assert local_rank({"SLURM_LOCALID": "3", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}) == "3"
     assert local_rank({"SLURM_LOCALID": "1"}) == "1"
     assert local_rank({}) == "0"
+
+
+def test_tasks_that_are_shown_all_gpus_of_their_node_take_a_part_of_them_each():
+    def env(local: int, visible: str, tasks: str, node: int = 0) -> dict[str, str]:
+        return {
+            "SLURM_LOCALID": str(local), "CUDA_VISIBLE_DEVICES": visible, "SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": str(node)
+        }  # fmt: skip
+
+    assert [own_devices(env(n, "0,1,2,3", "4")) for n in range(4)] == ["0", "1", "2", "3"]
+    assert own_devices(env(1, "4,5,6,7", "2(x2)", node=1)) == "6,7" and own_devices(env(0, "GPU-a,GPU-b", "1,2", node=1)) == "GPU-a"
+    assert own_devices(env(0, "0,1", "1")) is None, "one task may have them all"
+    assert own_devices(env(1, "3", "2")) is None, "it sees its own already"
+    assert own_devices(env(1, "0,1,2", "2")) is None and own_devices({}) is None
+
+
+def test_a_shard_is_counted_the_gpus_of_its_task_and_a_distributed_job_all_of_them():
+    env = {"SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "8"}
+    assert gpus("3-of-8", env) == 1 and gpus("0-of-1", env) == 8

@@ -90,7 +90,7 @@ def test_each_task_of_a_new_job_goes_on_with_the_shard_it_had(bench: Bench) -> N
         bench.until(lambda: all(row["done"] is not None for row in bench.rows("count")), "both have loaded")
     (bench.folder / "gate").touch()
     receipt = bench.whole("count", units=40, generations=8)
-    assert {row["gpus"] for row in receipt["generations"]} == {2}
+    assert {row["gpus"] for row in receipt["generations"]} == {1}
 
 
 def test_without_scontrol_a_new_job_goes_on(bench: Bench) -> None:

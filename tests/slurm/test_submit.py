@@ -201,7 +201,9 @@ def test_one_task_per_gpu_each_works_on_a_shard_of_its_own(cluster: Cluster, ext
     cluster.whole("count")
     generations = cluster.receipt("count", cluster.name)["generations"]
     assert sorted(row["shard"] for row in generations) == [f"{shard}-of-4" for shard in (0, 1, 2, 2, 3, 3)]
-    assert {row["gpus"] for row in generations} == {2}
+    assert {row["gpus"] for row in generations} == {1}
+    banners = [line for line in cluster.tribunal("logs", cluster.name, "count").stdout.splitlines() if " | GPUs " in line]
+    assert len(banners) == 6 and all(re.search(r"GPUs \d( |$)", line) for line in banners), "each task sees its own GPU alone"
 
 
 def shim(folder: Path, name: str, body: str) -> dict[str, str]:

@@ -50,7 +50,7 @@ class Ledger:
         """``launched``: when the process was started; importing and taking the lease lie between that and now."""
         job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         who = {"host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(), "pid": os.getpid(), "job": job}
-        facts = {"restarts": restarts, "gpus": gpus(), "launched": launched}
+        facts = {"restarts": restarts, "gpus": gpus(shard), "launched": launched}
         self._append({"event": "start", "shard": shard, "epoch": epoch, **who, **facts})
 
     def work(self, shard: str, epoch: int, *, done: int, total: int | None, unit: str) -> None:
@@ -133,10 +133,12 @@ def _parsed(lines: Iterable[str]) -> Iterator[Row]:
             continue  # torn: the writer was killed within its one write
 
 
-def gpus(env: Mapping[str, str] = os.environ) -> int:
-    """GPUs that this start holds."""
+def gpus(shard: str, env: Mapping[str, str] = os.environ) -> int:
+    """GPUs that this start of a shard holds: of an allocation that several shards work in, its part."""
     if env.get("SLURM_GPUS_ON_NODE", "").isdigit():
-        return int(env["SLURM_GPUS_ON_NODE"]) * int(env.get("SLURM_JOB_NUM_NODES", "1"))
+        held = int(env["SLURM_GPUS_ON_NODE"]) * int(env.get("SLURM_JOB_NUM_NODES", "1"))
+        sharers = 1 if shard.endswith("-of-1") else int(env.get("SLURM_STEP_NUM_TASKS", "1"))
+        return held // sharers
     return len([device for device in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if device.strip() not in ("", "-1", "NoDevFiles")])
 
 

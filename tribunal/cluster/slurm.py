@@ -94,6 +94,21 @@ def this_start(env: Mapping[str, str] = os.environ) -> Start | None:
     return Start(job, task, int(env.get("SLURM_RESTART_COUNT", "0")), int(env["SLURM_PROCID"]) if in_step else 0, ranks)
 
 
+def own_devices(env: Mapping[str, str] = os.environ) -> str | None:
+    """``CUDA_VISIBLE_DEVICES`` of this task alone, where SLURM shows the GPUs of all of a node's tasks to each of them (``--gres``).
+
+    None where there is nothing to part: one task, one GPU, or a number of GPUs that the node's tasks cannot share equally.
+    """
+    visible = [device for device in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if device]
+    per_node = re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    tasks = [int(count) for count, nodes in per_node for _ in range(int(nodes or 1))]
+    node = int(env.get("SLURM_NODEID", "0"))
+    if not node < len(tasks) or tasks[node] < 2 or len(visible) < 2 or len(visible) % tasks[node]:
+        return None
+    each, place = len(visible) // tasks[node], int(env["SLURM_LOCALID"])
+    return ",".join(visible[place * each : (place + 1) * each])
+
+
 @dataclass(frozen=True)
 class JobFacts:
     """One answer of ``scontrol show job``."""

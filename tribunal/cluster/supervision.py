@@ -51,6 +51,8 @@ def supervise(job: Job[Any], command: Sequence[str], *, quiet: bool = False) -> 
     assert start is not None, "supervise() runs inside a SLURM job"
     if start.ranks > 1 and not (job.shards or job.distributed):
         raise ConfigError(f"{job.name}: started as {start.ranks} tasks, but its work is that of one process; submit it with --ntasks=1")
+    if devices := slurm.own_devices():
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices  # else every task of the node would take the first
     preemption.install(chain=False)
     job.launched = _process_launched()
     if already_finished(job):
