@@ -26,7 +26,8 @@ def test_a_step_of_a_written_sum_matters_to_what_follows_and_the_last_sentence_t
     trace, label, _ = addition(3471, 2853)
     values = by_suppression(Suppression(load_model(BUILTIN).model), trace, label)
     assert len(values) == len(label.sentences) == 5
-    assert all(value is not None and value > 0.01 for value in values[:4]) and values[4] is None
+    assert all(value is not None and value.importance > 0.01 for value in values[:4]) and values[4] is None
+    assert all(value.by_chance <= 1e-6 and value.p is None for value in values[:4]), "beside what rounding alone makes"
 
 
 def test_rollouts_find_the_step_at_which_the_answer_is_decided():

@@ -29,6 +29,11 @@ S = TypeVar("S", bound=Keyed)
 Result = TypeVar("Result")
 
 
+def token_budget(batch_tokens: int | None, device: torch.device) -> int:
+    """Tokens in a batch; None: ``DEFAULT_BATCH_TOKENS``."""
+    return batch_tokens or DEFAULT_BATCH_TOKENS["cpu" if device.type == "cpu" else "cuda"]
+
+
 class Batches:
     """Puts sequences together and counts how often memory ran out.
 
@@ -39,7 +44,7 @@ class Batches:
 
     def __init__(self, batch_tokens: int | None, device: torch.device) -> None:
         self.device = device
-        self.batch_tokens = batch_tokens or DEFAULT_BATCH_TOKENS["cpu" if device.type == "cpu" else "cuda"]
+        self.batch_tokens = token_budget(batch_tokens, device)
         self.halvings = 0
 
     def run(self, sequences: Iterable[S], forward: Callable[[Sequence[S]], Result]) -> Iterator[tuple[Sequence[S], Result]]:

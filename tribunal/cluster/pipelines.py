@@ -55,9 +55,9 @@ def run_pipeline(names: Sequence[str], experiment: Experiment) -> int:
     """
     for name in names:
         job = make_job(name, experiment)
-        for needed in job.needs:
-            if needed not in names:
-                job.results_of(needed)
+        for needed, digest in job.inputs().items():
+            if digest is None and needed not in names:
+                job.results_of(needed)  # says what is missing
         if not finished(job):
             job.check()
     for name in names:

@@ -11,7 +11,7 @@ from tribunal.cluster import queue
 from tribunal.cluster.job import Job, root
 from tribunal.cluster.launch import job_kind, make_job
 from tribunal.cluster.pipelines import finished, selected
-from tribunal.cluster.publishing import STARTED, compare, probe_write, untouched
+from tribunal.cluster.publishing import STARTED, compare, probe_write, started_otherwise, untouched
 from tribunal.cluster.resources import Resources, parse_limit, resolve
 from tribunal.core.config import Experiment
 from tribunal.core.errors import ConfigError, UserError
@@ -138,16 +138,13 @@ def check_folders(experiment: Experiment) -> None:
 def _refuse_changed(job: Job[Any]) -> None:
     """Refuse a configuration that the job would refuse on its first start (inputs that are still to come left out)."""
     path = job.state / STARTED
-    if job.reads_all or not path.exists() or untouched(job):
+    if job.reads_all or not path.exists():
         return
     mine, theirs = job.fingerprint(), read_json(path)
     coming = {name for name, digest in mine["inputs"].items() if digest is None}
     theirs["inputs"] = {name: None if name in coming else digest for name, digest in theirs.get("inputs", {}).items()}
-    if differences := compare(theirs, mine):
-        raise ConfigError(
-            f"{job.state} was started with another configuration ({'; '.join(differences)}). "
-            "Give the experiment another name to start a second run, or remove that folder to start over."
-        )
+    if (differences := compare(theirs, mine)) and not untouched(job):
+        raise started_otherwise(job, differences)
 
 
 def _depth(name: str) -> tuple[int, str]:

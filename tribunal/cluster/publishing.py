@@ -129,16 +129,21 @@ def require_unchanged(job: Job[Any]) -> None:
     """Refuse to go on with what was started under another configuration; not for a job that reads all, whose inputs may change."""
     differences = [] if job.reads_all else compare(read_json(job.state / STARTED), job.fingerprint())
     if differences:
-        raise ConfigError(
-            f"{job.state} was started with another configuration ({'; '.join(differences)}). "
-            "Give the experiment another name to start a second run, or remove that folder to start over."
-        )
+        raise started_otherwise(job, differences)
+
+
+def started_otherwise(job: Job[Any], differences: Sequence[str]) -> ConfigError:
+    """What to tell of a state folder that holds work under other settings."""
+    return ConfigError(
+        f"{job.state} was started with another configuration ({'; '.join(differences)}). "
+        "Give the experiment another name to start a second run, or remove that folder to start over."
+    )
 
 
 def untouched(job: Job[Any]) -> bool:
     """Whether nothing was made in the job's state folder, and nobody is at it."""
-    made = [path for name in ("states/*", "parts", "finished") for path in job.state.glob(f"{name}/*")]
-    rows = [path for name in ("journal", "metrics") for path in (job.state / name).glob("*.jsonl") if path.stat().st_size]
+    made = any(True for name in ("states/*", "parts", "finished") for _ in job.state.glob(f"{name}/*"))
+    rows = any(path.stat().st_size for name in ("journal", "metrics") for path in (job.state / name).glob("*.jsonl"))
     return not made and not rows and nobody_works(job.state / "leases")
 
 

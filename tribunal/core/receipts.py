@@ -6,6 +6,7 @@ same plan on the same class of hardware have the same digest however often they 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,7 @@ def stale(job: str, receipt_of: Callable[[str], Mapping[str, Any] | None], above
     Args:
         receipt_of: the receipt of a job of the same experiment; None where there is none, which nothing is said of.
     """
+    receipt_of = functools.cache(receipt_of)  # one of 10,000 files takes a while to read, and many jobs read the same
     receipt = receipt_of(job) or {}
     there = {need: (digest, found) for need, digest in receipt.get("config", {}).get("inputs", {}).items() if (found := receipt_of(need))}
     if changed := [need for need, (digest, found) in there.items() if found["digest"] != digest]:

@@ -85,7 +85,7 @@ class Suppression:
 
         Args:
             ids: the whole context.
-            spans: in tokens of ``ids``.
+            spans: in tokens of ``ids``. An empty one hides nothing: its importance is what rounding alone makes.
             until: predictions of tokens from here on do not count (default: all of ``ids`` do).
         Returns:
             Mean KL(as it is || span hidden) in nats over the next-token distributions (T = 1) at the tokens behind the span; None
@@ -95,7 +95,9 @@ class Suppression:
         Source: Bogdan et al. (2025), "Thought Anchors", with a mask that keeps causality.
         """
         stop = len(ids) if until is None else until
-        ids_1L, cache, base_LD = self._as_it_is(list(ids)[:stop])
+        ids_1L = torch.tensor([list(ids)[:stop]], device=self.device)
+        cache = DynamicCache(config=self.model.config)
+        base_LD = decoder(self.model)(input_ids=ids_1L, past_key_values=cache, use_cache=True).last_hidden_state[0]
         if not self._checked:
             self._check(ids_1L, base_LD)
         found: list[float | None] = []
@@ -103,32 +105,20 @@ class Suppression:
             if end >= stop - 1:  # the token behind the span must have another one to predict
                 found.append(None)
                 continue
-            hidden_QD = self._behind(ids_1L, cache, end, [(start, end)])
+            hidden_QD = self._behind(ids_1L, cache, start, end)
             kl = self._mean_kl(base_LD[end : stop - 1], hidden_QD[:-1])
             if not math.isfinite(kl):
                 raise ModelError(f"attention suppression: the model gives NaN or infinity (in {self.dtype}); load it with another dtype")
             found.append(kl)
         return found
 
-    @torch.no_grad()
-    def rounding(self, ids: Sequence[int], end: int) -> float:
-        """The importance, in nats, of a span that ends there and is not hidden: what rounding alone makes of it."""
-        ids_1L, cache, base_LD = self._as_it_is(ids)
-        return self._mean_kl(base_LD[end:-1], self._behind(ids_1L, cache, end, [])[:-1])
-
-    def _as_it_is(self, ids: Sequence[int]) -> tuple[Tensor, DynamicCache, Tensor]:
-        """The ids [1, L], their keys and values, and their final states [L, D], nothing hidden."""
-        ids_1L = torch.tensor([list(ids)], device=self.device)
-        cache = DynamicCache(config=self.model.config)
-        return ids_1L, cache, decoder(self.model)(input_ids=ids_1L, past_key_values=cache, use_cache=True).last_hidden_state[0]
-
-    def _behind(self, ids_1L: Tensor, cache: DynamicCache, end: int, hidden: Sequence[Span]) -> Tensor:
-        """Final states of the tokens from ``end`` on with spans before them hidden, [Q, D]; those before are in the cache as they were."""
+    def _behind(self, ids_1L: Tensor, cache: DynamicCache, start: int, end: int) -> Tensor:
+        """Final states of the tokens from ``end`` on with the span hidden, [Q, D]; those before are in the cache as they were."""
         length = ids_1L.shape[1]
         prefix = DynamicCache(config=self.model.config)
         for layer, kept in enumerate(cache.layers):
             prefix.update(kept.keys[:, :, :end], kept.values[:, :, :end], layer)  # type: ignore[union-attr, index]
-        mask = hiding_mask((end, length), length, hidden, self.dtype, self.device)
+        mask = hiding_mask((end, length), length, [(start, end)], self.dtype, self.device)
         positions_1Q = torch.arange(end, length, device=self.device)[None]
         out = decoder(self.model)(
             input_ids=ids_1L[:, end:], attention_mask=mask, position_ids=positions_1Q, past_key_values=prefix, use_cache=True

@@ -154,8 +154,7 @@ def available(experiment: Experiment, settings: ExampleSettings) -> set[Need]:
 
 def question_files(settings: ExampleSettings) -> dict[str, str | None]:
     """sha256 of each file that examples are made of besides traces and labels, by its field; None for one that is not there."""
-    given = {"pairs": settings.pairs, "yes_no": settings.yes_no}
-    return {field: sha256_file(path) if path.is_file() else None for field, path in given.items() if path is not None}
+    return {field: sha256_file(path) if path.is_file() else None for field, path in settings.files.items()}
 
 
 def adapter_digest(source: str) -> str:

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from tribunal.activations.batches import DEFAULT_BATCH_TOKENS
+from tribunal.activations.batches import token_budget
 from tribunal.activations.poolings import spans
 from tribunal.core.errors import ConfigError, CorruptError, DataError, LabelError
 from tribunal.core.records import Problem, Trace, TraceLabel
@@ -362,7 +362,7 @@ class Attribution:
 
     def _batches(self, pairs: Sequence[Pair]) -> Iterator[list[int]]:
         """Indices of pairs of similar length, within the token budget."""
-        budget = self.inputs.settings.batch_tokens or DEFAULT_BATCH_TOKENS["cpu" if self.loaded.device.type == "cpu" else "cuda"]
+        budget = token_budget(self.inputs.settings.batch_tokens, self.loaded.device)
         lengths = [len(trace.prompt_ids) + trace.readable for trace, _ in pairs]
         waiting = sorted(range(len(pairs)), key=lambda i: (-lengths[i], i))
         while waiting:

@@ -33,11 +33,12 @@ FEW = 10
 
 
 class Effect(NamedTuple):
-    """What a sentence does; the last two only where the measure is left to chance (rollouts).
+    """What a sentence does.
 
     Attributes:
-        by_chance: mean importance when the rollouts from before and from behind the sentence are shuffled among each other.
-        p: share of the shuffles that part the answers at least as far.
+        by_chance: rollouts: mean importance when those from before and from behind the sentence are shuffled among each other;
+            suppression: importance when nothing is hidden.
+        p: rollouts: share of the shuffles that part the answers at least as far.
     """
 
     importance: float
@@ -45,11 +46,19 @@ class Effect(NamedTuple):
     p: float | None = None
 
 
-def by_suppression(suppression: Suppression, trace: Trace, label: TraceLabel) -> list[float | None]:
-    """For each sentence, the mean KL (nats) on the readable tokens behind it when it is hidden from them; None for the last ones."""
-    prompt = len(trace.prompt_ids)
+def by_suppression(suppression: Suppression, trace: Trace, label: TraceLabel) -> list[Effect | None]:
+    """For each sentence, the mean KL (nats) on the readable tokens behind it when it is hidden from them; None for the last ones.
+
+    Beside it stands what rounding alone makes: nothing is hidden, behind the middle one of the sentences that have an importance.
+    """
+    prompt, ids = len(trace.prompt_ids), trace.prompt_ids + trace.completion_ids[: trace.readable]
     spans = [(prompt + span.start_token, prompt + span.end_token) for span in label.sentences]
-    return suppression.importances(trace.prompt_ids + trace.completion_ids[: trace.readable], spans)
+    measured = [end for _, end in spans if end < len(ids) - 1]
+    if not measured:
+        return [None] * len(spans)
+    middle = measured[len(measured) // 2]
+    *values, rounding = suppression.importances(ids, [*spans, (middle, middle)])
+    return [None if value is None else Effect(value, rounding) for value in values]
 
 
 class Rollouts:

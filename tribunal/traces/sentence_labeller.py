@@ -70,20 +70,10 @@ class SentenceLabeller:
         self, trace: Trace, label: TraceLabel, problem: Problem, stop: Stop, checkpoints: Checkpoints | None
     ) -> list[Effect | None] | None:
         if self._suppression is not None:
-            return self._suppressed(self._suppression, trace, label)
+            return by_suppression(self._suppression, trace, label)
         if self._rollouts is not None:
             return self._rollouts.measure(trace, label, problem, stop, checkpoints)
         return [None] * len(label.sentences)
-
-    def _suppressed(self, suppression: Suppression, trace: Trace, label: TraceLabel) -> list[Effect | None]:
-        """Beside each importance what rounding alone gives, measured once, at the middle one of the sentences that have any."""
-        values = by_suppression(suppression, trace, label)
-        measured = [span for span, value in zip(label.sentences, values) if value is not None]
-        if not measured:
-            return [None] * len(values)
-        ids = trace.prompt_ids + trace.completion_ids[: trace.readable]
-        rounding = suppression.rounding(ids, len(trace.prompt_ids) + measured[len(measured) // 2].end_token)
-        return [None if value is None else Effect(value, rounding) for value in values]
 
     def _name(self, trace: Trace, label: TraceLabel, problem: Problem) -> list[str | None]:
         text = self._decode(trace.completion_ids[: trace.readable])

@@ -69,15 +69,20 @@ class ExampleSettings(Section):
             raise ValueError(f"test_share {self.test_share} + validation_share {self.validation_share} leave too little to train on")
         return self
 
+    @property
+    def files(self) -> dict[str, Path]:
+        """What examples are made of besides traces and labels, by field."""
+        given = {"pairs": self.pairs, "yes_no": self.yes_no}
+        return {field: path for field, path in given.items() if path is not None}
+
     def require_files(self, where: str) -> None:
         """Refuse a file that is not there, before anything is loaded.
 
         Raises:
             ConfigError: names the field and the file.
         """
-        for field in ("pairs", "yes_no"):
-            path: Path | None = getattr(self, field)
-            if path is not None and not path.is_file():
+        for field, path in self.files.items():
+            if not path.is_file():
                 raise ConfigError(f"{where}.examples.{field}: no such file: {path}; give a JSONL file, or leave it out")
 
 
