@@ -108,7 +108,10 @@ class TrainProbes(Job[Config]):
         records: dict[str, Json] = {unit.key: self.journal[unit.key] for unit in self.plan() if unit.key in self.journal}
         missing = [unit.control for unit in self.plan() if unit.control and unit.key not in records]
         if missing:
-            raise DataError(f"{self.name}: the control {missing[0]} ended the process and was set aside; no probe is reported without it")
+            raise DataError(
+                f"{self.name}: the control {missing[0]} ended the process and was set aside; no probe is reported without it: "
+                f"see tribunal logs, then remove {self.state} and run it again, with more memory"
+            )
         publish(
             self.training,
             out,

@@ -18,7 +18,7 @@ from tribunal.cluster import preemption
 from tribunal.cluster.job import Shard
 from tribunal.cluster.launch import CONTINUE, FINISHED, run
 from tribunal.cluster.lease import Lease
-from tribunal.core.errors import ConfigError, LabelError, StorageError
+from tribunal.core.errors import ConfigError, CorruptError, LabelError, StorageError
 from tribunal.core.receipts import read_receipt, verify
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -107,7 +107,7 @@ from tribunal.core.storage import make_folder, write_json
 job = make_job("generate_traces", load_experiment("x.yaml"), Shard(1, 4))
 claim_state(job)
 make_folder(job.marker.parent)
-write_json(job.marker, {"notes": {}})
+write_json(job.marker, {"notes": {}, "recorded": {}})
 assert run(job) == 0
 assert not {"torch", "transformers"} & sys.modules.keys()
 """
@@ -216,6 +216,59 @@ def test_a_kill_between_publishing_and_clean_up_does_no_harm(tmp_path):
     shutil.copytree(tmp_path / "copy", state)
     assert run(toy(), quiet=True) == FINISHED
     assert not state.exists()
+
+
+DIES_WHILE_CLEARING = """
+import contextlib, os, shutil, signal, sys
+from tests.toy import toy
+from tribunal.cluster.launch import run
+left, scandir = int(sys.argv[1]), os.scandir
+def last_name_first(path):  # a file system may list in any order; in this one the journal goes before the marker
+    with scandir(path) as entries:
+        return contextlib.nullcontext(sorted(entries, key=lambda entry: entry.name, reverse=True))
+def dying(real):
+    def call(*given, **named):
+        global left
+        left -= toy().results.exists()
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*given, **named)
+    return call
+os.rename, os.unlink, os.rmdir = dying(os.rename), dying(os.unlink), dying(os.rmdir)
+shutil.os = type("Listed", (), {**vars(os), "scandir": last_name_first})
+sys.exit(run(toy(), quiet=True))
+"""
+
+
+def test_a_kill_anywhere_in_the_clean_up_leaves_nothing_that_a_new_start_takes_for_its_own(tmp_path, monkeypatch):
+    """The user removes the results afterwards, which starts the job over."""
+    expected, _ = undisturbed(toy)
+    deaths = 0
+    for calls in range(40):
+        monkeypatch.setenv("TRIBUNAL_ROOT", str(tmp_path / str(calls)))
+        command = [sys.executable, "-c", DIES_WHILE_CLEARING, str(calls)]
+        code = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(PROJECT)}).returncode
+        assert code in (0, -signal.SIGKILL)
+        deaths += code != 0
+        shutil.rmtree(toy().results)
+        receipt, _ = undisturbed(toy)
+        assert receipt["digest"] == expected["digest"]
+        assert not (tmp_path / str(calls) / "checkpoints" / "toys").exists()
+        if code == 0:
+            break
+    assert deaths > 15 and code == 0
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data.replace(b'"value":0', b'"value":1'), lambda _: b""])
+def test_units_that_a_finished_shard_lost_are_named_instead_of_left_out(damage):
+    assert run(toy(Shard(0, 2)), quiet=True) == FINISHED
+    path = toy().state / "journal" / "0-of-2.1.jsonl"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CorruptError, match=r"0-of-2.1.jsonl: \d of 4 finished units are missing or damaged; remove (\S+) and") as refused:
+        run(toy(Shard(1, 2)), quiet=True)
+    shutil.rmtree(refused.value.args[0].partition("remove ")[2].partition(" and")[0])
+    assert [run(toy(Shard(index, 2)), quiet=True) for index in (1, 0)] == [FINISHED, FINISHED]
+    assert toy().results.exists()
 
 
 def test_a_kill_while_publishing_is_mended_by_the_next_start(tmp_path):

@@ -74,6 +74,7 @@ def main(path: Path, kills: int, seed: int, jobs: list[str]) -> None:
             os.waitpid(pid, 0)
             killed += 1
         digests.add(_digest(results))
+        finish(forked(lambda job=job: run_job(job, experiment, quiet=True)))  # the last kill may have met the clean-up
         left = [str(p) for p in Path("killed").rglob("*") if p.name.endswith(".tmp") or ".staging" in p.name or p.name.startswith("tmp-")]
         left += [str(p) for p in Path("killed/checkpoints").rglob("*") if p.is_file()]
         print(json.dumps({"job": job, "killed": killed, "expected": expected, "digests": sorted(digests), "left": left}), flush=True)

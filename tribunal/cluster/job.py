@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, cast
@@ -225,6 +225,11 @@ class Job(Generic[ConfigT]):
     @property
     def owner(self) -> str:
         return f"{self.experiment.name}/{self.name}/{sha256_json(self.fingerprint())[:16]}"
+
+    def recorded(self, journals: Iterable[str] = ()) -> dict[str, int]:
+        """Whole lines of each file of the open journals, and of those named: a later reader has to find as many."""
+        found = {name: self._journal(name).lines for name in (*self._journals, *journals)}
+        return {f"{name}/{file}": lines for name, files in found.items() for file, lines in sorted(files.items())}
 
     def close(self) -> None:
         for journal in self._journals.values():

@@ -243,7 +243,7 @@ def _generation(
             finished, cause, units = False, "superseded", None  # what counts of them is what the one who took over has found
         if finished:
             make_folder(job.marker.parent)
-            write_json(job.marker, {"notes": job.receipt_notes})
+            write_json(job.marker, {"notes": job.receipt_notes, "recorded": job.recorded()})
     except BaseException as error:
         facts = {"error": describe(error), "mendable": isinstance(error, UserError), "in_flight": job.in_flight(job.epoch)}
         if isinstance(error, KeyboardInterrupt):

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,7 +19,7 @@ from tribunal.cluster.job import Job, Shard
 from tribunal.cluster.lease import Lease, LeaseHeld, nobody_works
 from tribunal.cluster.ledger import Ledger
 from tribunal.core import receipts
-from tribunal.core.errors import ConfigError
+from tribunal.core.errors import ConfigError, CorruptError
 from tribunal.core.storage import fsync_file, fsync_folder, make_folder, read_json, storage_errors, write_json
 from tribunal.core.work import Json
 
@@ -36,18 +37,19 @@ def publish(job: Job[Any], ledger: Ledger) -> None:
     with Lease(job.state / "leases" / "publish", f"publishing {job.experiment.name}/{job.name}") as lease:
         if already_finished(job):
             return
-        notes = [read_json(job.marker.with_name(f"{Shard(index, job.shard.count)}.json"))["notes"] for index in range(job.shard.count)]
+        paths = [job.marker.with_name(f"{Shard(index, job.shard.count)}.json") for index in range(job.shard.count)]
+        markers = [read_json(path) for path in paths]
         staging = make_folder(job.results.parent) / f".{job.name}.staging-{lease.epoch}"
         for left in job.results.parent.glob(f".{job.name}.staging-*"):
             shutil.rmtree(left, ignore_errors=True)
         with storage_errors(staging):
             staging.mkdir()
-            job.journal.refresh()
+            require_all_units(job, markers)
             given_up = sorted(unit for unit in job.set_aside if unit not in job.journal)
             job.publish(staging)
             job.close()
             outputs = receipts.hash_outputs(staging)
-            write_json(staging / receipts.RECEIPT, _receipt(job, outputs, ledger, notes, given_up))
+            write_json(staging / receipts.RECEIPT, _receipt(job, outputs, ledger, [marker["notes"] for marker in markers], given_up))
             for path in staging.rglob("*"):
                 if path.is_file():
                     fsync_file(path)
@@ -62,6 +64,23 @@ def publish(job: Job[Any], ledger: Ledger) -> None:
             fsync_folder(job.results.parent)
             shutil.rmtree(job.results.parent / f".{job.name}.staging-{lease.epoch}-old", ignore_errors=True)
     clear_state(job)
+
+
+def require_all_units(job: Job[Any], markers: Sequence[Json]) -> None:
+    """Take in what all shards have recorded; refuse to publish without lines that one of them had when it wrote its marker.
+
+    Raises:
+        CorruptError: names the file that lost them.
+    """
+    job.journal.refresh()
+    found = job.recorded({file.partition("/")[0] for marker in markers for file in marker["recorded"]})
+    for file, lines in (item for marker in markers for item in marker["recorded"].items()):
+        if (left := found.get(file, 0)) < lines:
+            anew = job.marker.parent if file.startswith("journal/") else job.state
+            raise CorruptError(
+                f"{job.state / file}: {lines - left} of {lines} finished units are missing or damaged; "
+                f"remove {anew} and run {job.name} again: it does them anew"
+            )
 
 
 def already_finished(job: Job[Any]) -> bool:
@@ -216,11 +235,19 @@ def _commit() -> str | None:
 
 
 def clear_state(job: Job[Any]) -> None:
-    """Remove the state of a published job, and the experiment's folder when it is the last."""
+    """Remove the state of a published job, and the experiment's folder when it is the last.
+
+    It loses its name first, in one rename: half a state, left by a kill, would pass for that of a start whose results were removed.
+    """
+    parent = job.state.parent
     for _ in range(50):
-        shutil.rmtree(job.state, ignore_errors=True)
-        if not job.state.exists():
+        if job.state.exists():
+            with suppress(OSError):  # another task is at it
+                job.state.rename(Path(tempfile.mkdtemp(prefix=f".{job.name}.cleared-", dir=parent)) / "state")
+        for left in parent.glob(f".{job.name}.cleared-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        if not job.state.exists() and not any(parent.glob(f".{job.name}.cleared-*")):
             break
         time.sleep(0.1)  # another task of the step is writing its last note there
     with suppress(OSError):
-        job.state.parent.rmdir()
+        parent.rmdir()

@@ -16,6 +16,7 @@ import re
 import shutil
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -238,7 +239,9 @@ class Journal:
         self._handle: int | None = None
         self._places: dict[str, tuple[int, str, Path, int, int]] = {}  # key -> epoch, writer, file, offset, length
         self._read_to: dict[Path, int] = {}
+        self.lines: Counter[str] = Counter()  # whole ones of each writer's file, by its name
         self._durable = 0  # bytes of our own file
+        self._durable_lines = 0
         self._synced_at = -math.inf
         self._take_in(at_first)
         if writer is not None:
@@ -302,6 +305,7 @@ class Journal:
                 self._place(key, self.path, start, len(line))
                 start += len(line)
             self._read_to[self.path] = start
+            self.lines[self.path.name] += len(lines)
         if time.monotonic() - self._synced_at >= self.sync_every_s:
             self.sync()
 
@@ -320,9 +324,9 @@ class Journal:
                 with contextlib.suppress(OSError):
                     os.ftruncate(self._handle, self._durable)
                 self._places = {k: place for k, place in self._places.items() if place[2] != self.path or place[3] < self._durable}
-                self._read_to[self.path] = self._durable
+                self._read_to[self.path], self.lines[self.path.name] = self._durable, self._durable_lines
                 raise
-        self._durable = self._read_to[self.path]
+        self._durable, self._durable_lines = self._read_to[self.path], self.lines[self.path.name]
         self._synced_at = time.monotonic()
 
     def attempting(self, keys: Collection[str]) -> None:
@@ -352,7 +356,7 @@ class Journal:
     def _open(self, path: Path) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
         self._handle = os.open(path, flags, 0o666)
-        self._durable = self._read_to.setdefault(path, 0)
+        self._durable, self._durable_lines = self._read_to.setdefault(path, 0), self.lines[path.name]
         os.ftruncate(self._handle, self._durable)  # drop a torn tail of our own
         fsync_folder(path.parent)
 
@@ -371,6 +375,7 @@ class Journal:
                 log.warning("%s: the line at byte %d is damaged; its unit will be done again", path, offset)
             else:
                 self._place(parsed[0], path, offset, len(line))
+                self.lines[path.name] += 1
             offset += len(line)
         self._read_to[path] = offset
 
