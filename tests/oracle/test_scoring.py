@@ -29,7 +29,16 @@ def test_a_class_is_recognised_by_its_name_case_articles_and_near_synonyms_and_o
 
 
 @pytest.mark.parametrize(
-    ("answer", "tier"), [("very important", "high"), ("unimportant", "low"), ("important", "high"), ("It is crucial!", "critical")]
+    ("answer", "tier"),
+    [
+        ("very important", "high"),
+        ("unimportant", "low"),
+        ("important", "high"),
+        ("It is crucial!", "critical"),
+        ("It is less important than others", "low"),
+        ("hardly important", "low"),
+        ("moderately important", "medium"),
+    ],
 )
 def test_a_name_inside_a_longer_one_does_not_count(answer, tier):
     assert [t for t in TIERS if fuzzy("sentence_importance", answer, t, TIERS)] == [tier]
@@ -39,6 +48,10 @@ def test_numbers_are_compared_whole():
     assert named_choice("1", ["1", "10"]) == "1" and named_choice("It is 10.", ["1", "10"]) == "10"
     assert named_choice("-1", ["1", "-1"]) == "-1"
     assert normalise("The 1.50, a B_c-d!") == "1.50 b c d"
+    for answer in ("-3", "It is -3", "2.2", "3%", "1.5 or so", "about .5", "3-4"):
+        assert named_choice(answer, [str(digit) for digit in range(10)]) is None, answer
+    for answer in ("3.", "(3)", "**3**", "=3", "digit: 3", "x-3"):
+        assert named_choice(answer, [str(digit) for digit in range(10)]) == "3", answer
 
 
 @pytest.mark.parametrize(
@@ -76,6 +89,13 @@ SAID = {
     "maybe": None,
     "": None,
     "The answer is yes": None,
+    "N/A": None,
+    "No idea.": None,
+    "No way to tell": None,
+    "Yes or no": None,
+    "Yes/No": None,
+    "Yes, and no doubt": "yes",
+    "No one did.": "no",
 }
 
 
@@ -89,6 +109,8 @@ def test_open_answers_get_the_f1_of_their_words_each_as_often_as_it_occurs():
     assert word_f1("the cat sat", "A cat sat down") == pytest.approx(0.8)  # 2 of 2 said, 2 of 3 wanted
     assert word_f1("cat cat cat", "cat sat") == pytest.approx(0.4)  # a repeated word counts once here
     assert word_f1("", "") == 1.0 and word_f1("", "cat") == 0.0
+    assert word_f1(" The", "the") == 1.0 and word_f1(",", ", ") == 1.0
+    assert word_f1("", ",") == word_f1("a", "the") == word_f1(".", "!") == word_f1("", "the") == 0.0, "silence is no answer"
     assert fuzzy("context_prediction", "7+5=12", "7+5=12", []) == 1.0
 
 

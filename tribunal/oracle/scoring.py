@@ -15,6 +15,8 @@ SAID_YES = frozenset({"yes", "y", "true", "correct", "right", "yeah", "yep"})
 SAID_NO = frozenset({"no", "n", "false", "incorrect", "wrong", "nope"})
 CONSTANT_SHARE = 0.95
 DENIAL = re.compile(r"(?<!\w)(not|no|neither|isn t|never)(?!\w)")
+NEITHER = re.compile(r"\W*(n\s*/\s*a\b|no\W+(idea|clue|way|answer|information)\b|(yes|no|true|false)\s*(or|and|/)\s*(yes|no|true|false)\b)")
+"""How an answer begins that is no yes and no no, though its first word might be one."""
 
 
 def normalise(text: str) -> str:
@@ -60,7 +62,7 @@ def named_choice(answer: str, choices: Sequence[str], synonyms: Mapping[str, Seq
     spans: list[tuple[int, int, str]] = []
     for choice, known in names.items():
         for name in known:
-            spans += [(m.start(), m.end(), choice) for m in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", said)]
+            spans += [(m.start(), m.end(), choice) for m in re.finditer(_whole(name), said)]
     # "very important" names "high" though "important" alone might too: a name inside a longer one says nothing
     longest = [s for s in spans if not any(o[0] <= s[0] and s[1] <= o[1] and o[1] - o[0] > s[1] - s[0] for o in spans)]
     found = {choice for _, _, choice in longest}
@@ -71,18 +73,29 @@ def named_choice(answer: str, choices: Sequence[str], synonyms: Mapping[str, Seq
     return found.pop() if len(found) == 1 else None
 
 
+def _whole(name: str) -> str:
+    """A pattern of the name as words of their own; a number neither signed nor part of a decimal or percentage."""
+    before = r"(?<![\w.])(?<!(?<!\w)-)" if name[:1].isdigit() else r"(?<!\w)"
+    return before + re.escape(name) + (r"(?![\w%]|\.\d)" if name[-1:].isdigit() else r"(?!\w)")
+
+
 def yes_no(answer: str) -> str | None:
-    """``yes`` or ``no`` where the answer begins with one or the like; None where it does not."""
+    """``yes`` or ``no`` where the answer begins with one or the like; None where it does not ("no idea", "yes or no")."""
+    if NEITHER.match(answer.lower()):
+        return None
     words = re.findall(r"[a-z]+", answer.lower())
     first = words[0] if words else ""
     return YES if first in SAID_YES else NO if first in SAID_NO else None
 
 
 def word_f1(answer: str, target: str) -> float:
-    """Harmonic mean of precision and recall over words, counted with their number; two empty texts are equal."""
+    """Harmonic mean of precision and recall over words, counted with their number.
+
+    A text without words (punctuation, an article) is compared as it is, but for case and blanks at its ends: silence is not a comma.
+    """
     said, wanted = Counter(normalise(answer).split()), Counter(normalise(target).split())
     if not said or not wanted:
-        return float(said == wanted)
+        return float(answer.strip().lower() == target.strip().lower())
     common = sum((said & wanted).values())
     return 2 * common / (sum(said.values()) + sum(wanted.values()))
 

@@ -20,11 +20,14 @@ class Task(BaseTask):
     code = "m"
     needs = frozenset({"importance"})
     synonyms = {
-        "low": ("unimportant", "minor", "negligible", "not important", "little"),
-        "medium": ("moderate", "middling", "somewhat important"),
+        "low": (
+            "unimportant", "minor", "negligible", "not important", "little", "less important", "least important", "hardly important",
+            "barely important",
+        ),
+        "medium": ("moderate", "middling", "somewhat important", "moderately important", "fairly important"),
         "high": ("important", "major", "very important"),
         "critical": ("crucial", "essential", "pivotal", "decisive"),
-    }
+    }  # fmt: skip
     builtin_layers = (2,)
 
     def examples(
