@@ -64,7 +64,8 @@ def test_a_problem_that_is_trained_on_and_tested_is_refused_by_id_and_word_for_w
         for n in range(200)
         for split in ("train", "test", "validation")
     ]
-    [line] = audit_examples(twice, SETTINGS).refusals
+    single, line = audit_examples(twice, SETTINGS).refusals
+    assert "are all of one problem" in single
     assert "1 of 1 problems are in more than one split, first 'p0'" in line
     fine = examples("carry", ["0", "1"] * 100)
     problems = {
@@ -97,6 +98,16 @@ def test_a_task_without_examples_and_one_with_too_few_to_test_are_refused():
     assert "too few examples (validation 10, test 10; at least 20" in few and "sentence_class: no examples at all" in none
     [summary] = audit_examples([], SETTINGS, tasks=["reasoning_summary"]).refusals
     assert "label_sentences with classes: rules or judge" in summary and "a class for at least 50% of a trace's sentences" in summary
+
+
+def test_a_task_that_would_be_tested_on_one_problem_is_refused_before_it_is_trained():
+    """With its hinted twin it is one problem still."""
+    made = examples("carry", ["0", "1"] * 100)
+    one = [e.model_copy(update={"group": "p3"}) if e.split == "test" else e for e in made]
+    [line] = audit_examples(one, SETTINGS).refusals
+    assert line.startswith("carry: its 50 test examples are all of one problem") and "train_oracle.examples.test_share" in line
+    two = [e.model_copy(update={"group": f"g{n % 8}"}) if e.split == "test" else e for n, e in enumerate(made)]
+    assert audit_examples(two, SETTINGS).refusals == []
 
 
 def test_what_the_label_maker_worries_about_is_told_and_kept(caplog):

@@ -91,6 +91,28 @@ def test_an_oracle_that_always_says_the_same_is_named():
     assert task.constancy.constant and "answers '1' to nearly everything" in report(task).verdict
 
 
+@pytest.mark.parametrize(("problems", "said"), [(9, False), (10, True)])
+def test_nothing_is_said_to_be_read_or_not_where_the_items_are_of_fewer_than_ten_problems(problems, said):
+    """An oracle that guesses once for each of three problems beats every control by such an interval one time in four."""
+    items = [item.model_copy(update={"group": f"g{n % problems}"}) for n, item in enumerate(ITEMS)]
+    everything = {"oracle": RIGHT, "majority": ONES, "text_only": COIN, "shuffled": COIN, "zeroed": ONES, "linear_probe": RIGHT}
+    resamples = Resamples(sorted({item.group for item in items}), 200, 0)
+    task = TaskScores(TaskAnswers("carry", items, everything, ("0", "1")), resamples)
+    assert task.details()["reads_activations"] is said and not task.unbeaten("exact_match")
+    made = report(task)
+    words = "carry: 9 held-out problems are too few to say what it reads (1.000 [1.000, 1.000], best control: "
+    assert (words in made.verdict) is not said and PROMPT_ONLY not in made.verdict and not faults(made)
+    assert ("Whether the oracle reads carry: that takes items of 10 held-out problems." in made.not_supported) is not said
+    assert PROMPT_ONLY not in TaskScores(TaskAnswers("carry", items, {**everything, "oracle": COIN}, None), resamples).sentence() or said
+
+
+def test_a_coin_that_is_read_is_called_a_leak():
+    leaky = scores(RIGHT)
+    leaky.task = "random_bit"
+    assert "Nothing can tell random_bit: look for a leak" in report(leaky, scores(RIGHT)).verdict
+    assert "leak" not in report(scores(RIGHT)).verdict
+
+
 def test_log_odds_that_separate_behind_words_that_do_not_are_never_called_reading_the_prompt():
     biased = [ProbeAnswer("1", (5.0 if item.target == "1" else 3.0) + float(RNG.normal()) * 0.6) for item in ITEMS]
     task = scores(biased)

@@ -27,6 +27,8 @@ Json = dict[str, Any]
 SPLITS = ("train", "validation", "test")
 EXACT_NUMBER = re.compile(r"(?<![\w.])\d*\.\d{2,}(?![\w.])|(?<![\w.])\d+(?:\.\d+)?\s?%")
 """Two or more decimals, or a percentage."""
+LEAST_TESTED = 2
+"""Test problems without which evaluate_oracle has nobody to borrow activations from."""
 
 
 class AuditSettings(Section):
@@ -52,6 +54,7 @@ class _Task:
     targets: Counter[str] = field(default_factory=Counter)
     shown: dict[str, str] = field(default_factory=dict)
     problems: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    tested: set[str] = field(default_factory=set)
     traces: set[str] = field(default_factory=set)
     empty: int = 0
     cut: int = 0
@@ -149,6 +152,8 @@ def _count(task: _Task, example: Example, count_tokens: Callable[[str], int] | N
     task.targets[name] += 1
     task.shown.setdefault(name, target[:60])
     task.problems[example.split].add(example.problem_id)
+    if example.split == "test":
+        task.tested.add(example.group)
     task.traces.add(example.trace_key)
     task.empty += not target
     task.cut += bool(target) and task.whole and target[-1] not in SENTENCE_ENDS
@@ -222,6 +227,11 @@ def _judge(name: str, task: _Task, settings: AuditSettings, max_new_tokens: int 
         found.append(
             f"{name}: too few examples ({listed}; at least {settings.min_per_split} wanted in each split): take more traces, or lower "
             f"{where}.audit.min_per_split"
+        )
+    elif len(task.tested) < LEAST_TESTED:
+        found.append(
+            f"{name}: its {task.splits['test']} test examples are all of one problem, with which nothing can be compared; take traces of "
+            f"more problems, or raise {where}.examples.test_share"
         )
     return found
 

@@ -19,11 +19,14 @@ from tribunal.oracle.evaluation import BEST, Who
 from tribunal.oracle.examples import Example
 from tribunal.oracle.probe import ProbeAnswer
 from tribunal.oracle.scoring import Constancy, constancy, exact, fuzzy, said_choice
+from tribunal.oracle.tasks.task import task_class
 
 RIVALS = ("majority", "text_only", "shuffled", "zeroed")
 """What can be said without reading the activations. The linear probe reads them too: it stands beside, and is no rival."""
 PROMPT_ONLY = "reads the prompt, not the activations"
 EXACT, FUZZY, AUROC = "exact_match", "fuzzy_match", "auroc"
+MIN_PROBLEMS = 10
+"""Held-out problems that a word on what is read needs: a bootstrap over fewer calls guesses a finding."""
 WORDS = {EXACT: "exact match", FUZZY: "fuzzy match", "macro_f1": "macro-F1", AUROC: "AUROC", "ece": "ECE"}
 
 
@@ -137,9 +140,16 @@ class TaskScores:
         known = [name for name in RIVALS if name in controls and controls[name].known]
         return [name for name in known if not ours.minus(controls[name]).interval[0] > 0]
 
+    @property
+    def too_few(self) -> bool:
+        """Whether the items are of too few problems to say what is read."""
+        return len(set(self.clusters.tolist())) < MIN_PROBLEMS
+
     @cached_property
     def read_by(self) -> str | None:
         """The first metric by which the oracle beats every rival, so that it reads the activations; None where there is none."""
+        if self.too_few:
+            return None
         return next((metric for metric in self.judged_by if not self.unbeaten(metric)), None)
 
     @property
@@ -168,7 +178,11 @@ class TaskScores:
         """What this task shows."""
         first = self.judged_by[0]
         missed = f"{self._number(first)}, not above {', '.join(self.unbeaten(first))}"
-        if self.read_by is None:
+        if self.too_few:
+            count = len(set(self.clusters.tolist()))
+            found = f"{self._number(first)}, {self._best_control(first)}"
+            said = f"{self.task}: {count} held-out problems are too few to say what it reads ({found})"
+        elif self.read_by is None:
             said = f"{self.task}: {PROMPT_ONLY} ({missed})"
         elif self.read_by == first:
             said = f"{self.task} {self._number(first)} ({self._best_control(first)})"
@@ -233,6 +247,8 @@ def finding(tasks: Sequence[TaskScores]) -> list[str]:
         parts = ["No task is read from the activations" + (" in words" if unspoken else "")]
     if better := [task for task in (*said, *unspoken) if (over := task.over_linear_probe) is not None and over.interval[1] < 0]:
         parts.append(f"A linear probe on the same activations reads {_compared(better)} better than the oracle does")
+    if impossible := [task.task for task in (*said, *unspoken) if task_class(task.task).unreadable]:
+        parts.append(f"Nothing can tell {', '.join(impossible)}: look for a leak before anything here is believed")
     if others := [*unspoken, *(task for task in tasks if task.read_by is None)]:
         parts.append("; ".join(task.sentence() for task in others))
     return parts
@@ -252,6 +268,8 @@ def not_supported(
         lines.append("Anything about reasoning models: the built-in model's signals were put there by its training.")
     if layers and max(layers) <= 1:
         lines.append(f"That more is read than the tokens asked about: their states at layer {max(layers)} nearly hold their identities.")
+    if few := [task.task for task in tasks if task.too_few]:
+        lines.append(f"Whether the oracle reads {', '.join(few)}: that takes items of {MIN_PROBLEMS} held-out problems.")
     if not_better := [t for t in tasks if t.over_linear_probe is not None and not t.over_linear_probe.interval[0] > 0]:
         lines.append(f"That asking beats a linear probe on the same activations: it does not on {_compared(not_better)}.")
     if free := [task.task for task in tasks if task.over_linear_probe is None]:

@@ -24,6 +24,7 @@ class Task(BaseTask):
     phrasings = ("A coin was thrown for this text. What did it show? Answer 0 or 1.",)
     code = "r"
     behind = 1
+    unreadable = True
 
     def examples(
         self, trace: Trace, label: TraceLabel, problem: Problem, sentences: TraceSentences | None, rng: np.random.Generator

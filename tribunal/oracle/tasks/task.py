@@ -112,6 +112,7 @@ class BaseTask:
         asks_where: in words, which of the traces that bring what it ``needs`` are asked about; empty: all of them.
         builtin_layers: layers read by default on the built-in reasoner.
         behind: tokens behind a sentence's end that are injected too: 1 takes in the boundary.
+        unreadable: nothing holds the target (a negative control), so that an oracle which reads it shows a leak.
 
     Args:
         settings: of all tasks.
@@ -129,6 +130,7 @@ class BaseTask:
     asks_where: ClassVar[str] = ""
     builtin_layers: ClassVar[tuple[int, ...]] = (1,)
     behind: ClassVar[int] = 0
+    unreadable: ClassVar[bool] = False
     reads_all_labels: ClassVar[bool] = False
     """True: ``look`` is called with the labels of all traces before the first example is asked for."""
 
