@@ -82,6 +82,22 @@ def test_a_traces_examples_do_not_depend_on_the_traces_and_tasks_around_it():
     assert len({example.key for example in together}) == len(together)
 
 
+@pytest.mark.parametrize(("frequent", "rare"), [("correct", "incorrect"), ("incorrect", "correct")])
+def test_a_model_that_is_nearly_always_right_is_asked_about_three_right_traces_for_a_wrong_one(frequent, rare):
+    """Or the label audit would refuse the recipe on any problems that its model can do."""
+    verdicts = [rare if n % 25 == 0 else frequent for n in range(1000)]
+    traces = [made(STORY, problem=f"p{n // 2}", sample=n % 2, verdict=verdict) for n, verdict in enumerate(verdicts)]
+    found = build(traces, ["correctness"], builtin=False)
+    counts = Counter(e.target for e in {e.trace_key: e for e in found}.values())
+    targets = {"correct": "yes", "incorrect": "no"}
+    assert counts[targets[rare]] == 40 and 90 <= counts[targets[frequent]] <= 150
+    assert audit_examples(found, AuditSettings(), tasks=["correctness"]).refusals == []
+    assert build(traces[:3], ["random_bit"], builtin=False) == build(traces, ["random_bit"], builtin=False)[:12]
+    even = [made(STORY, problem=f"p{n}", verdict=("correct", "correct", "incorrect")[n % 3]) for n in range(30)]
+    assert len(build(even, ["correctness"], builtin=False)) == 30 * 4, "nobody is passed over where there are enough of both"
+    assert len(build(traces[1:20], ["correctness"], builtin=False)) == 19 * 4, "nor where there is one verdict only"
+
+
 def test_layers_are_a_quarter_half_and_three_quarters_drawn_one_by_one_or_all_together():
     assert default_layers(36) == [9, 18, 27]
     traces = [made(STORY, problem=f"p{n}") for n in range(30)]

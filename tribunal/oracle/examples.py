@@ -1,7 +1,8 @@
 """Examples for the activation oracle: a question about some tokens of a trace, and its right answer.
 
 Examples are streamed trace by trace. Which questions a trace is asked, in which words, about which tokens and layers is a
-function of (seed, task, trace) alone; the split is a function of the problem alone.
+function of (seed, task, trace) alone, but for tasks that read all labels to decide whether it is asked; the split is a function of the
+problem alone.
 """
 
 from __future__ import annotations
