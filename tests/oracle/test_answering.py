@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.oracle.helpers import BUILTIN, example
+from tests.oracle.helpers import BUILTIN, chat_model, example
 from tribunal.core.errors import ModelError
 from tribunal.models.adapters import detach, new_adapter
 from tribunal.models.loading import load_model
@@ -101,3 +101,28 @@ def test_a_layer_that_is_not_there_and_choices_that_begin_alike_are_refused(load
         Answerer(loaded, prompts, Injection(layer=3), slots=4, max_new_tokens=4)
     with pytest.raises(ModelError, match="begin with the same token"):
         Answerer(loaded, prompts, INJECTION, slots=4, max_new_tokens=4).log_odds(questions(), ("10", "11"))
+
+
+def test_yes_and_no_are_weighed_in_every_spelling_since_published_oracles_say_them_with_a_capital(tmp_path):
+    """The head says "Yes" or "No" by turns, and "yes" and "no" the other way round, far below; "YES" and "NO" begin with one token."""
+    loaded = chat_model(tmp_path / "m")
+    prompts = OraclePrompts(loaded)
+    says = {"Yes": [3.0, -3.0], "No": [-3.0, 3.0], "yes": [-9.0, -8.0], "no": [-8.0, -9.0]}
+    ids = dict(zip([*says, "YES", "NO"], [90, 91, 92, 93, 94, 94]))
+    prompts._ids = lambda text: [ids[text]] if text in ids else OraclePrompts._ids(prompts, text)
+
+    def head(module, inputs, logits):
+        made = torch.full_like(logits, -20.0)
+        made[..., 94] = 50.0
+        for word, values in says.items():
+            made[..., ids[word]] = torch.tensor(values)[:, None]
+        return made
+
+    answerer = Answerer(loaded, prompts, INJECTION, slots=2, max_new_tokens=4)
+    asked = [Asked(example("correctness", key=f"k{n}", question="Is it?", target="yes"), None) for n in range(2)]
+    handle = loaded.model.get_output_embeddings().register_forward_hook(head)
+    try:
+        found = answerer.log_odds(asked, ("no", "yes"))
+    finally:
+        handle.remove()
+    assert found == pytest.approx([6.0, -6.0], abs=0.02)

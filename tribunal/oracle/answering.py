@@ -107,14 +107,15 @@ class Answerer:
 
     @torch.no_grad()
     def log_odds(self, asked: Sequence[Asked], choices: tuple[str, str]) -> list[float]:
-        """log P(second choice) - log P(first choice), of their first tokens right after the prompt.
+        """log P(second choice) - log P(first choice), of their first tokens right after the prompt, "Yes" and "YES" counted with "yes".
 
         Raises:
             ModelError: both choices begin with the same token, so nothing tells them apart there.
         """
-        first, second = (self.prompts.target_ids(choice)[0] for choice in choices)
-        if first == second:
+        first, second = (self.prompts.beginnings(choice) for choice in choices)
+        if first[0] in second or second[0] in first:
             raise ModelError(f"{self.loaded.name}: the answers {choices[0]!r} and {choices[1]!r} begin with the same token")
+        first, second = [i for i in first if i not in second], [i for i in second if i not in first]
         batch = Batch(asked, self.prompts)
         found = [0.0] * len(asked)
         for numbers in self._batches(batch):
@@ -124,7 +125,7 @@ class Answerer:
             place = {column: i for i, column in enumerate(collated["keep"].tolist())}
             for row, number in enumerate(numbers):
                 logits_V = logits_BCV[row, place[len(batch[number].prompt_ids) - 1]].float()
-                found[number] = float(logits_V[second] - logits_V[first])
+                found[number] = float(logits_V[second].logsumexp(0) - logits_V[first].logsumexp(0))
         return found
 
     def _collate(self, batch: Batch, numbers: Sequence[int]) -> dict[str, Tensor]:

@@ -74,7 +74,7 @@ class OraclePrompts:
         return [*self.target_ids(example.target, example), self.eos_id]
 
     def target_ids(self, target: str, example: Example | None = None) -> list[int]:
-        """An answer's tokens without the end; the first ones of two choices tell them apart in log-odds.
+        """An answer's tokens without the end.
 
         Raises:
             DataError: there are none, or the vocabulary cannot write it.
@@ -83,6 +83,13 @@ class OraclePrompts:
         if not ids:
             raise DataError(f"example {example.key if example else '?'}: an empty answer cannot be learned; run the label audit")
         return ids
+
+    def beginnings(self, choice: str) -> list[int]:
+        """The tokens with which an answer may begin that is this choice but for its case: others' oracles say "Yes"."""
+        blank = "" if self.builtin or self.format.kind == "chat" else " "
+        others = [self._ids(blank + spelling) for spelling in (choice.capitalize(), choice.upper())]
+        known = [ids[0] for ids in others if ids and self.tokenizer.unk_token_id not in ids]
+        return list(dict.fromkeys([self.target_ids(choice)[0], *known]))
 
     def decode(self, ids: Sequence[int]) -> str:
         """A generated answer as text: up to the end of the turn, blanks at its ends left out."""
