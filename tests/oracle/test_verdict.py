@@ -101,6 +101,7 @@ def test_nothing_is_said_to_be_read_or_not_where_the_items_are_of_fewer_than_ten
     assert task.details()["reads_activations"] is said and not task.unbeaten("exact_match")
     made = report(task)
     words = "carry: 9 held-out problems are too few to say what it reads (1.000 [1.000, 1.000], best control: "
+    assert made.verdict.startswith("Read from the activations: carry 1.000" if said else words), made.verdict
     assert (words in made.verdict) is not said and PROMPT_ONLY not in made.verdict and not faults(made)
     assert ("Whether the oracle reads carry: that takes items of 10 held-out problems." in made.not_supported) is not said
     assert PROMPT_ONLY not in TaskScores(TaskAnswers("carry", items, {**everything, "oracle": COIN}, None), resamples).sentence() or said

@@ -55,8 +55,8 @@ def results(rows: Sequence[ReportRow], by_step: Sequence[Json], path: Path, *, t
     """What the oracle gets right on each task beside its controls, with 95 % intervals, and the score by kept step.
 
     Args:
-        rows: the exact-match rows of the chosen step, one per task.
-        by_step: {"step", "task", "exact_match": {"value", "low", "high"}}.
+        rows: the headline of each task at the chosen step: exact match, of free answers F1 over words.
+        by_step: {"step", "task", <metric>: {"value", "low", "high"}}, with the metric of the task's headline at least.
     """
     figure, axes = plots.figure(1, 2, width=13, height=4.8, width_ratios=[2, 1])
     figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
@@ -72,13 +72,16 @@ def results(rows: Sequence[ReportRow], by_step: Sequence[Json], path: Path, *, t
         axes[0, 0].errorbar(
             x, value, yerr=error, linestyle="none", capsize=2, elinewidth=1, label=name.replace("_", " "), **plots.series(number)
         )
-    axes[0, 0].set_xticks(range(len(rows)), [f"{row.name.partition(',')[0]}\n(n = {row.n})" for row in rows])
+    metric_of = {row.name.partition(",")[0]: row.metric for row in rows}
+    notes = ["" if metric == "exact_match" else "F1 of words, " for metric in metric_of.values()]
+    axes[0, 0].set_xticks(range(len(rows)), [f"{task}\n({note}n = {row.n})" for task, note, row in zip(metric_of, notes, rows)])
     axes[0, 0].set_ylim(-0.03, 1.05)
     axes[0, 0].legend(loc="best", ncols=2)
-    plots.tidy(axes[0, 0], "Exact match on held-out problems", "", "share right")
+    what = "Score" if any(notes) else "Exact match"
+    plots.tidy(axes[0, 0], f"{what} on held-out problems", "", "share right")
     for number, task in enumerate(dict.fromkeys(row["task"] for row in by_step)):
         mine = [row for row in by_step if row["task"] == task]
-        values = np.array([[row["exact_match"][key] for key in ("value", "low", "high")] for row in mine])
+        values = np.array([[row[metric_of[task]][key] for key in ("value", "low", "high")] for row in mine])
         error = np.abs(values[:, 1:].T - values[:, 0])
         axes[0, 1].errorbar(
             [row["step"] for row in mine], values[:, 0], yerr=error, capsize=2, elinewidth=1, label=task, **plots.series(number)

@@ -243,6 +243,8 @@ def finding(tasks: Sequence[TaskScores]) -> list[str]:
     said = [task for task in tasks if task.read_by not in (AUROC, None)]
     if said:
         parts = ["Read from the activations: " + "; ".join(task.sentence() for task in said)]
+    elif tasks and all(task.too_few for task in tasks):
+        parts = []  # that no task is read would be a finding, too
     else:
         parts = ["No task is read from the activations" + (" in words" if unspoken else "")]
     if better := [task for task in (*said, *unspoken) if (over := task.over_linear_probe) is not None and over.interval[1] < 0]:
