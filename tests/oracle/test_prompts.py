@@ -68,3 +68,11 @@ def test_without_a_single_token_placeholder_another_one_is_taken_or_asked_for(tm
     assert OraclePrompts(loaded).placeholder == " #"
     with pytest.raises(ModelError, match=r"none of ' \?' is a single token"):
         OraclePrompts(loaded, " ?")
+
+
+def test_a_placeholder_that_the_chat_template_itself_holds_is_not_taken(tmp_path):
+    """Its place in the system prompt would come first, and get the only vector of an example."""
+    loaded = chat_model(tmp_path / "m")
+    loaded.tokenizer.chat_template = "[system] May I help ?\n" + loaded.tokenizer.chat_template
+    with pytest.raises(ModelError, match=r"none of ' \?' is a single token .* not in its chat template"):
+        OraclePrompts(loaded, " ?")

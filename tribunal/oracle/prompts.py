@@ -128,13 +128,17 @@ class OraclePrompts:
         return [place for run in found for place in run]
 
     def _single_token(self, placeholder: str | None) -> str:
+        around = self._prompt("0")  # a system prompt that holds the placeholder would get the vectors
         for candidate in (placeholder,) if placeholder else PLACEHOLDERS:
             one, two = self._ids(f"0\n{candidate} \n"), self._ids(f"0\n{candidate}{candidate} \n")
             ids = self._ids(candidate)
-            if len(ids) == 1 and one.count(ids[0]) == 1 and two.count(ids[0]) == 2:
+            if len(ids) == 1 and one.count(ids[0]) == 1 and two.count(ids[0]) == 2 and ids[0] not in around:
                 return candidate
         listed = ", ".join(map(repr, (placeholder,) if placeholder else PLACEHOLDERS))
-        raise ModelError(f"{self.name}: none of {listed} is a single token of its vocabulary that stays apart; set another placeholder")
+        raise ModelError(
+            f"{self.name}: none of {listed} is a single token of its vocabulary that stays apart, and not in its chat template; "
+            "set another placeholder"
+        )
 
     def _known(self, example: Example | None, text: str) -> list[int]:
         ids = self._ids(text)
