@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -109,6 +110,17 @@ def test_an_adapter_that_names_another_model_is_refused(loaded, tmp_path):
     (out / adapters.CONFIG).write_text(json.dumps({**config, "base_model_name_or_path": builtin.name, "revision": "folder:0"}))
     with pytest.raises(ModelError, match="builtin:addition@folder:0"):
         load_adapter(builtin, out)
+
+
+@pytest.mark.parametrize(
+    ("base", "revision", "fits"),
+    [("Qwen/Qwen3-8B", None, True), ("Qwen/Qwen3-8B", "main", True), ("qwen/qwen3-8b", "a" * 40, True), ("Qwen/Qwen3-8B", "b" * 40, False),
+     ("Qwen/Qwen3-8B-Base", None, False)],
+)  # fmt: skip
+def test_a_branch_that_an_adapter_names_and_the_case_of_a_name_say_nothing_of_its_base(tmp_path, base, revision, fits):
+    (tmp_path / adapters.CONFIG).write_text(json.dumps({"base_model_name_or_path": base, "revision": revision}))
+    with contextlib.nullcontext() if fits else pytest.raises(ModelError, match="was trained on"):
+        adapters.require_base(tmp_path, "Qwen/Qwen3-8B", "a" * 40)
 
 
 def test_an_adapter_on_the_hub_is_fetched_at_the_commit_that_pins_it_and_named_by_it(loaded, tmp_path, monkeypatch):

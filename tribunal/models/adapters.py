@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,6 +29,8 @@ from tribunal.models.loading import BUILTIN, LoadedModel
 from tribunal.models.lora import LoraSettings
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+CONTENT = re.compile(r"folder:|[0-9a-f]{40}")
+"""How a revision begins that names one content: a folder's digest, or a commit."""
 _attached: weakref.WeakKeyDictionary[nn.Module, tuple[PeftModel, bool | None]] = weakref.WeakKeyDictionary()
 """By model, what is on it, and the setting that a Trainer turns off."""
 
@@ -142,6 +145,8 @@ def _on_the_hub(source: str | Path) -> bool:
 def require_base(folder: Path, name: str, revision: str | None = None) -> None:
     """Refuse an adapter that says it was trained on another model.
 
+    The hub takes names in any case. A branch that an adapter names ("main") says nothing: only commits and contents are compared.
+
     Args:
         revision: of the model, where it is known: a local one's is told by its content.
     Raises:
@@ -149,8 +154,9 @@ def require_base(folder: Path, name: str, revision: str | None = None) -> None:
     """
     config = _config(folder)
     base, theirs = config.get("base_model_name_or_path"), config.get("revision")
-    other = bool(base) and base != name and not _local(str(base)) and not _local(name)
-    if other or (revision and base == name and theirs and _local(str(theirs)) and theirs != revision):
+    same = bool(base) and str(base).lower() == name.lower()
+    other = bool(base) and not same and not _local(str(base)) and not _local(name)
+    if other or (revision and same and theirs and CONTENT.match(str(theirs)) and theirs != revision):
         trained = f"{base}@{theirs}" if theirs else base
         ours = f"{name}@{revision}" if revision else name
         raise ModelError(
