@@ -20,7 +20,7 @@ from tribunal.oracle.evaluation import BEST, CONDITIONS, OracleEvaluation, Who
 from tribunal.oracle.examples import Example
 from tribunal.oracle.prompts import OraclePrompts
 from tribunal.oracle.settings import OracleFacts
-from tribunal.oracle.training import ExampleLessons
+from tribunal.oracle.training import ExampleLessons, spread
 
 CHOICES = ["0", "1"]
 
@@ -94,3 +94,13 @@ def test_the_majoritys_log_odds_are_the_shares_of_the_training_targets():
     learned = [example(key=f"carry/t/0/{n}", target="1" if n < 29 else "0", choices=CHOICES) for n in range(38)]
     answer = evaluation([*items(), *learned]).majority("carry")
     assert answer.text == "1" and answer.odds == pytest.approx(math.log(30 / 10))
+
+
+@pytest.mark.parametrize("traces", [50, 51, 100])
+def test_the_items_that_are_asked_are_of_all_places_in_their_traces(traces):
+    """Six questions a trace, fifty items in all: every sixth would be the first sentence of each trace."""
+    every = [example(key=f"carry/p{n}/0/{place}", problem_id=f"p{n}") for n in range(traces) for place in range(6)]
+    found = spread(every, 50)
+    assert len({item.key for item in found}) == 50 and len({item.problem_id for item in found}) >= 49
+    places = [int(item.key.rpartition("/")[2]) for item in found]
+    assert all(7 <= places.count(place) <= 10 for place in range(6)), places

@@ -237,10 +237,15 @@ class OracleTraining:
 
 
 def spread(items: Sequence[Example], most: int) -> list[Example]:
-    """At most so many, evenly spaced."""
+    """At most so many, evenly spaced.
+
+    A trace has several items in its own order. A spacing of whole items would always meet the same one of them, such as the earliest
+    sentence, so it begins a place later each time.
+    """
     if len(items) <= most:
         return list(items)
-    return [items[i * len(items) // most] for i in range(most)]
+    spacing, rest = divmod(len(items), most)
+    return [items[i * len(items) // most + (0 if rest else i % spacing)] for i in range(most)]
 
 
 def _mean(values: Sequence[float]) -> float:
