@@ -220,6 +220,16 @@ def test_hint_use_is_asked_only_where_the_hint_can_be_what_moved_the_answer(tmp_
     assert [split[f"h{n}"] for n in range(4)] == [split[f"q{n}"] for n in range(4)]  # a problem and its hinted twin, in every task
 
 
+def test_hinted_twins_stay_together_where_nothing_is_asked_about_their_hints():
+    """Without ``examples.pairs``; a name that only looks like a twin's is its own problem."""
+    names = [f"q{n}{mark}" for n in range(20) for mark in ("", "#hint", "#authority", "#more")] + ["alone#hint"]
+    found = build([made(STORY, problem=name) for name in names], ["random_bit"], builtin=False)
+    group = {e.problem_id: e.group for e in found}
+    assert all(group[f"q{n}{mark}"] == f"q{n}" for n in range(20) for mark in ("", "#hint", "#authority"))
+    assert group["q3#more"] == "q3#more" and group["alone#hint"] == "alone#hint"
+    assert len({e.split for e in found if e.group == "q3"}) == 1
+
+
 def test_hinted_problems_name_a_wrong_answer_and_keep_the_gold_one():
     problems = [
         Problem(id=f"p{n}", question="How many?", answer=str(n), dataset="d", revision="1") for n in range(30)

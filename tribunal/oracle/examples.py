@@ -17,7 +17,7 @@ from pydantic import Field
 
 from tribunal.core.errors import DataError
 from tribunal.core.records import Problem, Record, Trace, TraceLabel
-from tribunal.oracle.tasks.pairs import read_pairs
+from tribunal.oracle.tasks.pairs import plain_of, read_pairs
 from tribunal.oracle.tasks.task import BaseTask, Draft, ExampleSettings
 from tribunal.traces.sentence_labels import TraceSentences
 
@@ -110,7 +110,7 @@ def build_examples(
                 f"trace {trace.key}: {len(sentences.sentences)} labelled sentences, but labels.jsonl has {len(label.sentences)}; "
                 "run label_sentences again"
             )
-        group = plain.get(trace.problem_id, trace.problem_id)  # a hinted problem goes where the plain one is
+        group = plain_of(trace.problem_id, plain, problems)  # a hinted problem goes where the plain one is
         split = split_of(group, test_share=settings.test_share, validation_share=settings.validation_share)
         for task in tasks:
             rng = rng_of(seed, task.name, trace.key)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +50,15 @@ def read_pairs(path: Path) -> tuple[Pair, ...]:
     if chained := sorted(hinted & {pair.without for pair in pairs}):
         raise DataError(f"{path}: '{chained[0]}' is given both as a problem with a hint and as one without")
     return pairs
+
+
+def plain_of(problem_id: str, pairs: Mapping[str, str], known: Container[str]) -> str:
+    """The problem without a hint that this one is a twin of, or itself: by the user's pairs, or by the name that ``make_pairs`` gives.
+
+    Twins must not be parted between training and test, whether or not anything is asked about their hints.
+    """
+    plain, mark, kind = problem_id.rpartition("#")
+    return pairs.get(problem_id, plain if mark and kind in TEXTS and plain in known else problem_id)
 
 
 def make_pairs(problems: Sequence[Problem], kind: Literal["hint", "authority"] = "hint") -> tuple[list[dict[str, Any]], list[Pair]]:
