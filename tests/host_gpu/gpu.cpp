@@ -1,4 +1,4 @@
-// A GPU made of host memory: its tensors say cuda:0, the CPU's kernels compute, and what CUDA would refuse is refused.
+// Two GPUs made of host memory: their tensors say cuda:0 and cuda:1, the CPU's kernels compute, and what CUDA would refuse is refused.
 //
 // torch asks a device for an allocator, a guard, hooks and kernels. The wheel without CUDA leaves all four out, so they can be given
 // here: every operator without a kernel of its own (all but a handful) goes to `fallback`, which looks at the arguments as CUDA would,
@@ -18,6 +18,7 @@
 #include <map>
 #include <set>
 #include <sstream>
+#include <utility>
 
 namespace {
 
@@ -25,7 +26,9 @@ using at::Tensor;
 using c10::DeviceType;
 using Ints = c10::IntArrayRef;
 
-const c10::Device GPU(DeviceType::CUDA, 0);
+constexpr c10::DeviceIndex GPUS = 2;
+thread_local c10::DeviceIndex current = 0;
+c10::Device gpu(c10::DeviceIndex index) { return {DeviceType::CUDA, index < 0 ? current : index}; }
 const c10::DispatchKeySet KEYS(c10::DispatchKey::CUDA);
 
 // What was asked of the device since the last look: kernels, and moments at which the CPU waits for the GPU, by name.
@@ -42,7 +45,7 @@ struct HostMemory final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     void* memory = bytes ? std::malloc(bytes) : nullptr;
     if (memory) std::memset(memory, 0xC3, bytes);  // memory that was used before, not a fresh page's zeros
-    return {memory, memory, &std::free, GPU};
+    return {memory, memory, &std::free, gpu(current)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &std::free; }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
@@ -60,7 +63,14 @@ Tensor lent(const Tensor& t) {
   return out;
 }
 
-Tensor on_gpu(const Tensor& t) {
+struct On {  // what is allocated meanwhile lies there
+  explicit On(c10::Device device) : before(current) { current = gpu(device.index()).index(); }
+  ~On() { current = before; }
+  c10::DeviceIndex before;
+};
+
+Tensor on_gpu(const Tensor& t, c10::Device device) {
+  On there(device);
   Tensor out = at::detail::empty_strided_generic(t.sizes(), t.strides(), &memory, KEYS, t.scalar_type());
   lent(out).copy_(t);
   return out;
@@ -77,14 +87,15 @@ std::vector<Tensor> tensors_of(const c10::IValue& value) {
 }
 
 void refuse_what_cuda_refuses(const c10::FunctionSchema& schema, c10::ArrayRef<c10::IValue> given) {
-  bool any_ours = false;
+  std::optional<c10::Device> device;
   for (const auto& value : given)
-    for (const auto& t : tensors_of(value)) any_ours |= ours(t);
+    for (const auto& t : tensors_of(value))
+      if (ours(t) && !device) device = t.device();
   for (size_t i = 0; i < given.size(); ++i) {
     const bool index = i == 1 && INDEXING.count(schema.name());
     for (const auto& t : tensors_of(given[i]))
-      TORCH_CHECK(!any_ours || !t.defined() || ours(t) || t.dim() == 0 || index,
-                  "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! (",
+      TORCH_CHECK(!device || !t.defined() || t.device() == device || (!ours(t) && (t.dim() == 0 || index)),
+                  "Expected all tensors to be on the same device, but found at least two devices, ", *device, " and ", t.device(), "! (",
                   schema.arguments()[i].name(), " of ", schema.name(), ")");
     if (given[i].isGenerator())
       TORCH_CHECK(given[i].toGenerator().device().type() == DeviceType::CUDA,
@@ -113,8 +124,10 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   count(schema, given);
 
   std::vector<Loan> loans;
+  c10::Device where = gpu(-1);  // of the results: that of the arguments
   auto lend = [&](const Tensor& t, bool is_out) {
     if (!ours(t)) return t;
+    where = t.device();
     const bool unshaped = is_out && t.numel() == 0;
     loans.push_back({t, unshaped ? at::empty({0}, at::TensorOptions().dtype(t.dtype())) : lent(t), unshaped});
     return loans.back().cpu;
@@ -133,6 +146,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       for (const std::optional<Tensor>& t : value.toOptionalTensorList()) list.push_back(t ? std::make_optional(lend(*t, false)) : std::nullopt);
       value = c10::IValue(list);
     } else if (value.isDevice() && value.toDevice().type() == DeviceType::CUDA) {
+      where = gpu(value.toDevice().index());
       value = c10::IValue(c10::Device(DeviceType::CPU));
     }
   }
@@ -140,6 +154,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 
   for (const auto& loan : loans) {
     if (!loan.unshaped || loan.cpu.sizes().equals(loan.theirs.sizes())) continue;
+    On there(loan.theirs.device());
     at::native::resize_(loan.theirs, loan.cpu.sizes());
     loan.theirs.unsafeGetTensorImpl()->set_sizes_and_strides(loan.cpu.sizes(), loan.cpu.strides());
     lent(loan.theirs).copy_(loan.cpu);
@@ -154,7 +169,7 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
         const auto offset = loan.theirs.storage_offset() + bytes / static_cast<int64_t>(t.itemsize());
         return at::native::as_strided_tensorimpl(loan.theirs, t.sizes(), t.strides(), offset);
       }
-    return on_gpu(t);
+    return on_gpu(t, where);
   };
   for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); ++i) {
     c10::IValue& value = (*stack)[i];
@@ -170,12 +185,14 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
 
 // Kernels of its own ---------------------------------------------------------------------------------------------------
 
-Tensor empty(Ints size, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout>, std::optional<c10::Device>, std::optional<bool>,
-             std::optional<c10::MemoryFormat> format) {
+Tensor empty(Ints size, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout>, std::optional<c10::Device> device,
+             std::optional<bool>, std::optional<c10::MemoryFormat> format) {
+  On there(device.value_or(gpu(-1)));
   return at::detail::empty_generic(size, &memory, KEYS, c10::dtype_or_default(dtype), format);
 }
-Tensor empty_strided(Ints size, Ints stride, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout>, std::optional<c10::Device>,
-                     std::optional<bool>) {
+Tensor empty_strided(Ints size, Ints stride, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout>,
+                     std::optional<c10::Device> device, std::optional<bool>) {
+  On there(device.value_or(gpu(-1)));
   return at::detail::empty_strided_generic(size, stride, &memory, KEYS, c10::dtype_or_default(dtype));
 }
 Tensor& copy_(Tensor& self, const Tensor& from, bool) {
@@ -194,7 +211,10 @@ Tensor as_strided(const Tensor& self, Ints size, Ints stride, std::optional<int6
 }
 Tensor view(const Tensor& self, Ints size) { return at::native::view(self, size); }
 Tensor reshape_alias(const Tensor& self, Ints size, Ints stride) { return at::native::_reshape_alias(self, size, stride); }
-const Tensor& resize_(const Tensor& self, Ints size, std::optional<c10::MemoryFormat> format) { return at::native::resize_(self, size, format); }
+const Tensor& resize_(const Tensor& self, Ints size, std::optional<c10::MemoryFormat> format) {
+  On there(self.device());
+  return at::native::resize_(self, size, format);
+}
 Tensor& set_storage(Tensor& self, c10::Storage source, int64_t offset, Ints size, Ints stride) {
   return at::native::set_storage_cpu_(self, source, offset, size, stride);
 }
@@ -211,14 +231,18 @@ int64_t attention_from_parts(const Tensor&, const Tensor&, const Tensor&, const 
 namespace c10::impl {
 struct HostGuard final : DeviceGuardImplInterface {
   DeviceType type() const override { return DeviceType::CUDA; }
-  Device exchangeDevice(Device) const override { return GPU; }
-  Device getDevice() const override { return GPU; }
-  void setDevice(Device) const override {}
-  void uncheckedSetDevice(Device) const noexcept override {}
-  Stream getStream(Device) const override { return Stream(Stream::DEFAULT, GPU); }
-  Stream getDefaultStream(Device) const override { return Stream(Stream::DEFAULT, GPU); }
-  Stream exchangeStream(Stream) const override { return Stream(Stream::DEFAULT, GPU); }
-  DeviceIndex deviceCount() const noexcept override { return 1; }
+  Device exchangeDevice(Device device) const override {
+    const auto before = getDevice();
+    setDevice(device);
+    return before;
+  }
+  Device getDevice() const override { return gpu(current); }
+  void setDevice(Device device) const override { uncheckedSetDevice(device); }
+  void uncheckedSetDevice(Device device) const noexcept override { current = gpu(device.index()).index(); }
+  Stream getStream(Device device) const override { return Stream(Stream::DEFAULT, gpu(device.index())); }
+  Stream getDefaultStream(Device device) const override { return getStream(device); }
+  Stream exchangeStream(Stream stream) const override { return getStream(stream.device()); }
+  DeviceIndex deviceCount() const noexcept override { return GPUS; }
   void record(void**, const Stream&, DeviceIndex, EventFlag) const override {}
   void block(void*, const Stream&) const override {}
   bool queryEvent(void*) const override { return true; }
@@ -238,13 +262,13 @@ struct CUDAHooks final : CUDAHooksInterface {  // torch looks for this name
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
   bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  DeviceIndex deviceCount() const override { return 1; }
-  int getNumGPUs() const override { return 1; }
-  DeviceIndex current_device() const override { return 0; }
-  DeviceIndex getCurrentDevice() const override { return 0; }
-  void setCurrentDevice(DeviceIndex) const override {}
-  DeviceIndex exchangeDevice(DeviceIndex) const override { return 0; }
-  DeviceIndex maybeExchangeDevice(DeviceIndex) const override { return 0; }
+  DeviceIndex deviceCount() const override { return GPUS; }
+  int getNumGPUs() const override { return GPUS; }
+  DeviceIndex current_device() const override { return current; }
+  DeviceIndex getCurrentDevice() const override { return current; }
+  void setCurrentDevice(DeviceIndex device) const override { current = gpu(device).index(); }
+  DeviceIndex exchangeDevice(DeviceIndex device) const override { return std::exchange(current, gpu(device).index()); }
+  DeviceIndex maybeExchangeDevice(DeviceIndex device) const override { return exchangeDevice(device); }
   bool isPinnedPtr(const void*) const override { return false; }
   Allocator* getPinnedMemoryAllocator() const override { return c10::GetAllocator(DeviceType::CPU); }
   void deviceSynchronize(DeviceIndex) const override {}

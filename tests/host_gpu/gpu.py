@@ -1,8 +1,7 @@
-"""Plug in the GPU of host memory: as a pytest plugin (``-p tests.host_gpu.gpu``), or by importing this before torch.
+"""Plug in two GPUs of host memory: as a pytest plugin (``-p tests.host_gpu.gpu``), or by importing this before torch.
 
-It shows what is computed where: a tensor of the CPU that meets one of the GPU, an array made of a GPU's tensor, a generator of the
-wrong device, memory taken for zeros. It counts kernels and waits. It says nothing of speed, of the numerics of CUDA's kernels, or of
-several GPUs.
+They show what is computed where: tensors of two devices that meet, an array made of a GPU's tensor, a generator of the wrong device,
+memory taken for zeros. They count kernels and waits. They say nothing of speed, of the numerics of CUDA's kernels, or of nccl.
 """
 
 from __future__ import annotations
@@ -73,14 +72,13 @@ def _plug_in() -> ctypes.CDLL:
 def _tell_python(torch: Any) -> None:
     """What ``torch.cuda`` says; in a wheel without CUDA it answers for none of it."""
     state = torch.zeros(16, dtype=torch.uint8)
-    nothing = "_lazy_init synchronize empty_cache set_device reset_peak_memory_stats manual_seed manual_seed_all ipc_collect"
+    nothing = "_lazy_init synchronize empty_cache reset_peak_memory_stats manual_seed manual_seed_all ipc_collect"
     answers: dict[str, Any] = {
         **dict.fromkeys([*nothing.split(), "set_rng_state", "set_rng_state_all"]),
         **dict.fromkeys(["memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"], 0),
-        **dict.fromkeys(["current_device", "_exchange_device", "_maybe_exchange_device"], 0),
         "is_available": True,
         "is_initialized": True,
-        "device_count": 1,
+        "device_count": 2,
         "get_device_name": "host memory",
         "get_device_properties": types.SimpleNamespace(total_memory=80 << 30, name="host memory", major=9, minor=0),
         "get_device_capability": (9, 0),
@@ -94,6 +92,9 @@ def _tell_python(torch: Any) -> None:
         setattr(torch.cuda, name, lambda *_, _answer=answer, **__: _answer)
         if hasattr(torch.cuda.random, name):
             setattr(torch.cuda.random, name, getattr(torch.cuda, name))
+    torch.cuda.current_device = torch.accelerator.current_device_index
+    torch.cuda.set_device = torch.accelerator.set_device_index
+    torch.cuda._exchange_device = torch.cuda._maybe_exchange_device = torch._C._accelerator_exchangeDevice
     to = torch.Tensor.to
     torch.Tensor.pin_memory = lambda self, *_: self
     torch.Tensor.to = lambda self, *given, non_blocking=False, **named: to(self, *given, **named)  # which would want pinned memory

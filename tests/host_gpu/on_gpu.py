@@ -24,8 +24,8 @@ from tribunal.core.reports import read_report
 from tribunal.core.work import Never
 from tribunal.models import draws
 from tribunal.models.adapters import new_adapter
-from tribunal.models.generation import Request, Sampler
-from tribunal.models.loading import load_model
+from tribunal.models.generation import Request, Sampler, score
+from tribunal.models.loading import LoadedModel, load_model
 from tribunal.models.lora import LoraSettings
 from tribunal.models.oracle_batches import answer_loss, collate, injected
 from tribunal.models.oracle_training import make_trainer
@@ -71,6 +71,10 @@ def test_what_cuda_refuses_is_refused():
         there.numpy()
     with pytest.raises(RuntimeError, match="device type for generator"):
         torch.empty(3, device=DEVICE).normal_(generator=torch.Generator())
+    with pytest.raises(RuntimeError, match="at least two devices"):
+        there + torch.ones(3, device="cuda:1")
+    with pytest.raises(RuntimeError, match="on cpu or on the same device"):
+        there[torch.tensor([0], device="cuda:1")]
     assert (there + 1)[torch.tensor([0])].item() == 2, "indices may come from the CPU"
     assert load_model(ModelConfig(name="builtin:addition")).device == DEVICE
 
@@ -94,6 +98,44 @@ def test_every_job_runs_in_bfloat16_and_ends_alike_when_it_was_interrupted(tmp_p
             assert again["totals"]["generations"] == 2 and again["digest"] == receipt["digest"]
     rows = read_report(tmp_path / "results" / "gpu" / "evaluate_oracle" / "report.json").rows
     assert {row.name.partition(",")[0] for row in rows} >= {"carry", "random_bit"}
+
+
+# Two GPUs ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def halves(tmp_path) -> tuple[LoadedModel, LoadedModel]:
+    """A model on one GPU, and the same one with its last blocks and its head on another."""
+    path = str(tiny_folder(tmp_path, layers=4))
+    there = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 0}
+    there |= {"model.layers.2": 1, "model.layers.3": 1, "model.norm": 1, "lm_head": 1}
+    split = ModelConfig(name=path, dtype="float32", device_map=there)
+    return load_model(ModelConfig(name=path, dtype="float32")), load_model(split)
+
+
+def test_a_model_split_over_two_gpus_samples_scores_and_is_read_like_a_whole_one(halves):
+    requests = [Request(f"{n}/0", [5 + n] * (3 + n), 12, draws.stream(0, str(n), 0)) for n in range(6)]
+    sampled = [[done for step in Sampler(one.model, eos_ids=[], slots=4).run(requests) for done in step] for one in halves]
+    assert [done.tokens for done in sampled[0]] == [done.tokens for done in sampled[1]]
+    for one in sampled[0]:
+        given = requests[int(one.key.partition("/")[0])].prompt_ids
+        assert score(halves[0].model, given, one.tokens) == pytest.approx(score(halves[1].model, given, one.tokens), abs=1e-5)
+    read = [Extractor(one.model, layers=[1, 3], poolings=["mean", "last"], store_dtype="float32").extract(make_pairs(6)) for one in halves]
+    for place, rows in read[0].items():
+        torch.testing.assert_close(read[1][place], rows)
+
+
+def test_an_oracle_on_a_model_split_over_two_gpus_has_the_loss_and_the_gradients_of_a_whole_one(halves):
+    found = []
+    for one in halves:
+        peft = new_adapter(one, LoraSettings(rank=2, alpha=4, dropout=0.0), seed=0)
+        batch = {name: value.to(DEVICE) for name, value in collate(MadeLessons(), [0, 1, 2, 3, 4], PAD).items()}
+        with injected(peft, batch, INJECTION):
+            loss = answer_loss(peft, batch)
+            loss.backward()
+        found.append((loss.cpu(), {name: weight.grad.cpu() for name, weight in peft.named_parameters() if weight.grad is not None}))
+    torch.testing.assert_close(found[0], found[1])
+    assert len(found[0][1]) == 2 * 7 * 4
 
 
 # Waits --------------------------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from tribunal.core.storage import sha256_json
 from tribunal.core.work import Checkpoints, Never, Stop
 from tribunal.models import draws
 from tribunal.models.cache import SlotCache
-from tribunal.models.residual import Steering, residual_hooks
+from tribunal.models.residual import Steering, columns_to_keep, residual_hooks
 
 PREFILL_TOKENS = 8192
 """Padded prompt tokens in one prefill pass. Fixed, since it decides shapes."""
@@ -247,7 +247,7 @@ class Sampler:
                     position_ids=positions,
                     past_key_values=prefilled,
                     use_cache=True,
-                    logits_to_keep=torch.tensor(ends, device=self.device),
+                    logits_to_keep=columns_to_keep(self.model, torch.tensor(ends, device=self.device)),
                 )
             place = {run: n for n, run in enumerate(unique)}
             source = [place[run] for run in runs]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tribunal.core.errors import ConfigError
 from tribunal.core.work import Json
-from tribunal.models.residual import inject
+from tribunal.models.residual import columns_to_keep, inject
 
 
 class Injection(NamedTuple):
@@ -161,10 +161,16 @@ def collate(lessons: Lessons, numbers: Sequence[int], pad_id: int) -> dict[str, 
 
 def answer_loss(model: Any, batch: dict[str, Tensor], *, reduction: Literal["sum", "none"] = "sum") -> Tensor:
     """Cross-entropy (nats) of the answer tokens, the first one included: their sum, or each; call it inside ``injected``."""
-    logits_BCV = model(input_ids=batch["input_ids"], logits_to_keep=batch["keep"], use_cache=False).logits
+    logits_BCV = kept_logits(model, batch)
     device = logits_BCV.device  # of the head, where a model is split over several
     picked_NV = logits_BCV[batch["label_rows"].to(device), batch["label_columns"].to(device)].float()
     return torch.nn.functional.cross_entropy(picked_NV, batch["targets"].to(device), reduction=reduction)
+
+
+def kept_logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The output at the columns ``keep`` of a batch, [B, C, V]; call it inside ``injected``."""
+    keep = columns_to_keep(model, batch["keep"])
+    return cast(Tensor, model(input_ids=batch["input_ids"], logits_to_keep=keep, use_cache=False).logits)
 
 
 def injected(model: Any, batch: dict[str, Tensor], injection: Injection) -> Any:

@@ -68,6 +68,15 @@ def input_device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if device.type == "meta" else device
 
 
+def columns_to_keep(model: nn.Module, columns: Tensor) -> Any:
+    """``columns`` as the argument ``logits_to_keep``.
+
+    Of a model split over devices as a list: a tensor would be taken to the first device, while the last states lie on another.
+    """
+    devices = set(getattr(model, "hf_device_map", {}).values())
+    return columns.tolist() if len(devices) > 1 else columns
+
+
 @contextmanager
 def residual_hooks(model: nn.Module, edits: Mapping[int, Edit]) -> Iterator[None]:
     """While the context is open, call ``edits[layer]`` with that block's output at every forward pass.

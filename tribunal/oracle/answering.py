@@ -15,7 +15,7 @@ from torch import Tensor
 from tribunal.core.errors import ModelError
 from tribunal.models.generation import Request, Sampler
 from tribunal.models.loading import LoadedModel
-from tribunal.models.oracle_batches import Injection, Lesson, answer_loss, collate, injected
+from tribunal.models.oracle_batches import Injection, Lesson, answer_loss, collate, injected, kept_logits
 from tribunal.models.residual import input_device
 from tribunal.oracle.examples import Example
 from tribunal.oracle.prompts import OraclePrompts
@@ -121,11 +121,13 @@ class Answerer:
         for numbers in self._batches(batch):
             collated = self._collate(batch, numbers)
             with injected(self.loaded.model, collated, self.injection):
-                logits_BCV = self.loaded.model(input_ids=collated["input_ids"], logits_to_keep=collated["keep"], use_cache=False).logits
+                logits_BCV = kept_logits(self.loaded.model, collated)
             place = {column: i for i, column in enumerate(collated["keep"].tolist())}
-            for row, number in enumerate(numbers):
-                logits_V = logits_BCV[row, place[len(batch[number].prompt_ids) - 1]].float()
-                found[number] = float(logits_V[second].logsumexp(0) - logits_V[first].logsumexp(0))
+            ends = [place[len(batch[number].prompt_ids) - 1] for number in numbers]
+            logits_BV = logits_BCV[list(range(len(numbers))), ends].float()
+            odds_B = logits_BV[:, second].logsumexp(-1) - logits_BV[:, first].logsumexp(-1)
+            for number, odds in zip(numbers, odds_B.tolist()):
+                found[number] = odds
         return found
 
     def _collate(self, batch: Batch, numbers: Sequence[int]) -> dict[str, Tensor]:
