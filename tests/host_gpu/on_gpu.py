@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -18,8 +19,9 @@ from tests.tiny_models import tiny_folder, tiny_model
 from tests.tiny_traces import make_pairs
 from tribunal.activations.extraction import Extractor
 from tribunal.cluster.checkpoint import CheckpointStore
+from tribunal.cluster.job import Job
 from tribunal.cluster.launch import make_job
-from tribunal.core.config import ModelConfig, load_experiment
+from tribunal.core.config import Experiment, ModelConfig, load_experiment
 from tribunal.core.reports import read_report
 from tribunal.core.work import Never
 from tribunal.models import draws
@@ -57,6 +59,12 @@ JOBS = [
     "generate_traces", "label_traces", "extract_activations", "train_probes", "select_answers", "monitor_traces", "steer",
     "attribute_direction", "transfer_probes", "label_sentences", "train_oracle", "evaluate_oracle",
 ]  # fmt: skip
+SPLIT = {
+    "model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 1, "model.norm": 1,
+    "lm_head": 0,
+}  # fmt: skip
+TRAINED = {"train_oracle", "evaluate_oracle"}
+"""On a split model the gradient's norm is summed device by device: other low bits."""
 INTERRUPTED = {"generate_traces": 60, "train_oracle": 4}
 """Jobs with states of tensors, and the look at which they are stopped."""
 
@@ -79,24 +87,30 @@ def test_what_cuda_refuses_is_refused():
     assert load_model(ModelConfig(name="builtin:addition")).device == DEVICE
 
 
-def test_every_job_runs_in_bfloat16_and_ends_alike_when_it_was_interrupted(tmp_path, monkeypatch):
+def test_every_job_runs_in_bfloat16_and_ends_alike_when_interrupted_or_on_a_model_split_over_two_gpus(tmp_path, monkeypatch):
     path = tmp_path / "gpu.yaml"
     path.write_text(EXPERIMENT)
     experiment = load_experiment(path)
+    split = load_experiment(path, [f"model.device_map={{{', '.join(f'{name}: {gpu}' for name, gpu in SPLIT.items())}}}"])
+
+    def at(folder: str, experiment: Experiment) -> Callable[[], Job[Any]]:
+        monkeypatch.setenv("TRIBUNAL_ROOT", str(tmp_path / folder))
+        return partial(make_job, name, experiment)
+
     for name in JOBS:
-        monkeypatch.setenv("TRIBUNAL_ROOT", str(tmp_path))
-        receipt, _ = undisturbed(partial(make_job, name, experiment))
+        receipt, _ = undisturbed(at("whole", experiment))
         assert receipt["hardware"].startswith("cuda: host memory"), "torch is asked of a GPU"
+        apart, _ = undisturbed(at("split", split))
+        assert apart["digest"] == receipt["digest"] or name in TRAINED, name
         if name in INTERRUPTED:
-            monkeypatch.setenv("TRIBUNAL_ROOT", str(tmp_path / name))
             results = tmp_path / name / "results" / "gpu"
             results.mkdir(parents=True)
-            for needed in (tmp_path / "results" / "gpu").iterdir():
+            for needed in (tmp_path / "whole" / "results" / "gpu").iterdir():
                 if needed.name != name:
                     (results / needed.name).symlink_to(needed)
-            again = resumed(partial(make_job, name, experiment), INTERRUPTED[name])
+            again = resumed(at(name, experiment), INTERRUPTED[name])
             assert again["totals"]["generations"] == 2 and again["digest"] == receipt["digest"]
-    rows = read_report(tmp_path / "results" / "gpu" / "evaluate_oracle" / "report.json").rows
+    rows = read_report(tmp_path / "whole" / "results" / "gpu" / "evaluate_oracle" / "report.json").rows
     assert {row.name.partition(",")[0] for row in rows} >= {"carry", "random_bit"}
 
 
