@@ -128,6 +128,19 @@ def test_log_odds_that_separate_behind_words_that_do_not_are_never_called_readin
         assert PROMPT_ONLY in report(scores(biased, **{rival: biased})).verdict, "log-odds that a control has too show nothing"
 
 
+def test_log_odds_that_separate_the_wrong_way_round_are_told_and_not_called_reading_the_prompt():
+    noise = np.random.default_rng(7).normal(size=len(ITEMS))
+    backwards = [ProbeAnswer("1", (-3.0 if item.target == "1" else 3.0) + float(z)) for item, z in zip(ITEMS, noise)]
+    task = scores(backwards)
+    assert task.read_by is None and task.inverted and task.details()["inverted"]
+    value = roc_auc_score([item.target == "1" for item in ITEMS], [answer.odds for answer in backwards])
+    said = report(task).verdict
+    assert f"carry: its log-odds separate the answers, the wrong way round (AUROC {value:.3f} [0." in said and PROMPT_ONLY not in said
+    assert said.startswith("No task is read from the activations. ")
+    for rival in ("text_only", "shuffled", "zeroed"):
+        assert PROMPT_ONLY in report(scores(backwards, **{rival: backwards})).verdict, "log-odds that a control has too show nothing"
+
+
 def test_the_linear_probe_is_compared_by_the_metric_that_the_task_is_read_by_and_the_words_name_it():
     biased = [ProbeAnswer("1", (5.0 if item.target == "1" else 3.0) + float(RNG.normal()) * 0.6) for item in ITEMS]
     blunt = [ProbeAnswer(item.target, (1.0 if item.target == "1" else -1.0) + 3 * float(RNG.normal())) for item in ITEMS]

@@ -24,6 +24,7 @@ from tribunal.oracle.tasks.task import task_class
 RIVALS = ("majority", "text_only", "shuffled", "zeroed")
 """What can be said without reading the activations. The linear probe reads them too: it stands beside, and is no rival."""
 PROMPT_ONLY = "reads the prompt, not the activations"
+WRONG_WAY = "its log-odds separate the answers, the wrong way round"
 EXACT, FUZZY, AUROC = "exact_match", "fuzzy_match", "auroc"
 MIN_PROBLEMS = 10
 """Held-out problems that a word on what is read needs: a bootstrap over fewer calls guesses a finding."""
@@ -152,6 +153,15 @@ class TaskScores:
             return None
         return next((metric for metric in self.judged_by if not self.unbeaten(metric)), None)
 
+    @cached_property
+    def inverted(self) -> bool:
+        """Whether its log-odds tell the answers apart, below chance and below every rival's: something is read, and said wrong."""
+        if self.too_few or AUROC not in self.judged_by:
+            return False
+        ours, controls = self.estimate(AUROC, "oracle"), self.controls(AUROC)
+        rivals = [controls[name] for name in RIVALS if name in controls and controls[name].known]
+        return ours.interval[1] < 0.5 and all(ours.minus(rival).interval[1] < 0 for rival in rivals)
+
     @property
     def apart(self) -> bool:
         """Whether the oracle's interval lies above that of every rival."""
@@ -183,7 +193,8 @@ class TaskScores:
             found = f"{self._number(first)}, {self._best_control(first)}"
             said = f"{self.task}: {count} held-out problems are too few to say what it reads ({found})"
         elif self.read_by is None:
-            said = f"{self.task}: {PROMPT_ONLY} ({missed})"
+            what = f"{WRONG_WAY} (AUROC {self._number(AUROC)}; " if self.inverted else f"{PROMPT_ONLY} ("
+            said = f"{self.task}: {what}{missed})"
         elif self.read_by == first:
             said = f"{self.task} {self._number(first)} ({self._best_control(first)})"
         else:
@@ -208,6 +219,7 @@ class TaskScores:
             "problems": len(set(self.clusters.tolist())),
             "reads_activations": self.read_by is not None,
             "read_by": self.read_by,
+            "inverted": self.inverted,
             "not_above": self.unbeaten(self.judged_by[0]),
             "intervals_apart": self.apart,
             "over_linear_probe": _span(self.over_linear_probe) if self.over_linear_probe else None,
