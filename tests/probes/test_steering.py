@@ -144,8 +144,8 @@ def test_states_are_changed_as_planned_from_the_start_on(calibrated):
         seen: list[torch.Tensor] = []
         steering.aim([condition.intervention(chosen.fold)], [start])
         with torch.no_grad(), residual_hooks(loaded.model, steering.edits()), residual_hooks(loaded.model, {layer: seen.append}):
-            loaded.model(prompt)
-        return seen[0][0]
+            loaded.model(prompt.to(loaded.device))
+        return seen[0][0].cpu()
 
     plain = states(Condition("prompt", layer, "none", "none", 0.0))
     pushed = states(Condition("prompt", layer, "add", "probe", -0.3))
@@ -172,7 +172,7 @@ def test_the_adaptive_push_is_at_a_quarter_of_the_tokens_of_right_traces(calibra
         with torch.no_grad(), ExitStack() as hooks:
             for edits in order:
                 hooks.enter_context(residual_hooks(loaded.model, edits))
-            loaded.model(ids)
+            loaded.model(ids.to(loaded.device))
         changed += int((seen[0] != before[0]).any(-1)[0, first:].sum())
         total += ids.shape[1] - first
     assert changed / total == pytest.approx(0.25, abs=0.02)
