@@ -60,7 +60,7 @@ class ReportPage(Job[Config]):
         self._shown = self._finished()  # for the receipt: what comes from here on has the page made anew
         html = page(self.experiment.name)
         write_atomic(out / PAGE, html)
-        write_atomic(self.results.parent / PAGE, html)
+        write_atomic(self.results.parent / PAGE, html, beside=out)
 
     def _finished(self) -> dict[str, str | None]:
         from tribunal.report.sources import published

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tribunal.cluster.job import Job
 from tribunal.cluster.launch import CONTINUE, FINISHED, run
@@ -83,3 +88,56 @@ def assert_resume_is_exact(
     if every:
         receipt = resumed(at(tmp_path / "stopped-often"), max(2, looks // 5), every=True)
         assert receipt["digest"] == expected["digest"], "stopped several times: another digest"
+
+
+CHANGES = ("mkdir", "link", "rename", "replace", "unlink", "rmdir")
+
+
+@contextlib.contextmanager
+def before_change(number: int, act: Callable[[], Any], changes: Sequence[str] = CHANGES) -> Iterator[Callable[[], bool]]:
+    """Call ``act`` before this process's ``number``-th change of a folder; yields whether that came."""
+    left = number
+
+    def watched(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                act()
+            return real(*given, **named)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in changes:
+            patch.setattr(os, name, watched(getattr(os, name)))
+        yield lambda: left <= 0
+
+
+def forked(start: Callable[[], int]) -> int:
+    """The exit code of a start in a process of its own."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            code = start()
+        finally:
+            os._exit(code)  # whatever happened: the tests go on in the other process
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed(make: Callable[[], Job[Any]], number: int, changes: Sequence[str] = CHANGES) -> bool:
+    """Run in a process that kills itself before its ``number``-th change of a folder; False where it ended before that."""
+
+    def start() -> int:
+        with before_change(number, lambda: os.kill(os.getpid(), signal.SIGKILL), changes):
+            return run(make(), quiet=True)
+
+    code = forked(start)
+    assert code in (FINISHED, -signal.SIGKILL)
+    return code != FINISHED
+
+
+def names_left(root: Path) -> list[str]:
+    """Temporary files and folders, and the state of any experiment."""
+    return [path.name for path in root.rglob("*") if path.name.startswith((".", "tmp")) or path.parent.name == "checkpoints"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.resume import StopAfter, assert_resume_is_exact, resumed, undisturbed
+from tests.resume import StopAfter, assert_resume_is_exact, before_change, forked, killed, names_left, resumed, undisturbed
 from tests.toy import toy
 from tribunal.cluster import preemption
 from tribunal.cluster.job import Shard
-from tribunal.cluster.launch import CONTINUE, FINISHED, run
-from tribunal.cluster.lease import Lease
+from tribunal.cluster.launch import CONTINUE, FINISHED, guarded, run
+from tribunal.cluster.lease import Lease, LeaseHeld
 from tribunal.core.errors import ConfigError, CorruptError, LabelError, StorageError
 from tribunal.core.receipts import read_receipt, verify
 
@@ -269,6 +270,67 @@ def test_units_that_a_finished_shard_lost_are_named_instead_of_left_out(damage):
     shutil.rmtree(refused.value.args[0].partition("remove ")[2].partition(" and")[0])
     assert [run(toy(Shard(index, 2)), quiet=True) for index in (1, 0)] == [FINISHED, FINISHED]
     assert toy().results.exists()
+
+
+def test_a_kill_before_any_change_of_a_folder_leaves_nothing_behind_after_the_next_start(tmp_path, monkeypatch):
+    def small():
+        return toy(units=1)
+
+    expected, _ = undisturbed(small)
+    for number in itertools.count(1):
+        root = tmp_path / str(number)
+        monkeypatch.setenv("TRIBUNAL_ROOT", str(root))
+        died = killed(small, number)
+        receipt, _ = undisturbed(small)
+        assert (receipt["digest"], receipt["set_aside"], names_left(root)) == (expected["digest"], [], []), f"killed before change {number}"
+        if not died:
+            break
+    assert number > 50
+
+
+@pytest.mark.parametrize("shards", [1, 2], ids=["the same shard", "its sibling"])
+def test_another_start_before_any_change_of_a_folder_leaves_a_finished_job_to_both(shards, tmp_path, monkeypatch):
+    """Where the other ends last it publishes, and takes the state away under the first, which has yet to give its lease back, say."""
+    expected, _ = undisturbed(toy)
+    codes = set()
+
+    def other():
+        codes.add(forked(lambda: guarded(lambda: run(toy(Shard(shards - 1, shards)), quiet=True))))
+
+    for number in itertools.count(1):
+        root = tmp_path / str(number)
+        monkeypatch.setenv("TRIBUNAL_ROOT", str(root))
+        with before_change(number, other) as came:
+            assert run(toy(Shard(0, shards)), quiet=True) == FINISHED, f"before change {number}"
+        if not came():
+            break
+        assert read_receipt(toy().results)["digest"] == expected["digest"]
+        assert names_left(root) == [], f"before change {number}"
+    assert number > 30 and codes == ({FINISHED} if shards == 2 else {FINISHED, LeaseHeld.exit_code})
+
+
+def test_a_start_during_which_another_one_finishes_the_job_does_nothing_again(monkeypatch):
+    late = toy()
+    monkeypatch.setattr(late, "check", lambda: run(toy(), quiet=True))
+    monkeypatch.setattr(late, "build", lambda: pytest.fail("it did everything again"))
+    assert run(late, quiet=True) == FINISHED
+    assert not late.state.exists()
+
+
+def test_of_two_first_starts_neither_removes_what_the_other_has_noted(monkeypatch):
+    real, others = Path.exists, iter([toy(Shard(1, 2))])
+
+    def other_comes_next(path):
+        found = real(path)
+        if path.name == "started.json":
+            for other in others:
+                assert run(other, quiet=True) == FINISHED
+        return found
+
+    monkeypatch.setattr(Path, "exists", other_comes_next)
+    assert run(toy(Shard(0, 2)), quiet=True) == FINISHED
+    receipt = read_receipt(toy().results)
+    assert sorted(row["shard"] for row in receipt["generations"]) == ["0-of-2", "1-of-2"] and receipt["totals"]["units"] == 8
 
 
 def test_a_kill_while_publishing_is_mended_by_the_next_start(tmp_path):

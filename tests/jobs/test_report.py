@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from jobs.report import Config, ReportPage
 from tests.project import Project, until
 from tests.report.examples import experiment as example
 from tests.report.examples import finish, measure, row
-from tests.resume import StopAfter
+from tests.resume import StopAfter, killed, names_left
 from tests.toy import toy_experiment
 from tribunal.cluster import pipelines, plan, waiting
 from tribunal.cluster.launch import CONTINUE, FINISHED, job_kind, run
@@ -115,6 +116,20 @@ def test_stopped_or_killed_before_publishing_it_makes_the_same_page(results: Pat
     assert not (again / "report").exists()
     assert run(job(), quiet=True) == FINISHED
     assert (again / "report.html").read_bytes() == undisturbed
+
+
+def test_killed_at_any_rename_while_it_is_made_anew_it_leaves_nothing_behind(results: Path, tmp_path: Path):
+    assert run(job(), quiet=True) == FINISHED
+    for number in itertools.count(1):
+        measure(results, "steer", [row("added")], verdict=f"The verdict number {number}.")
+        died = killed(job, number, ["rename", "replace"])
+        assert run(job(), quiet=True) == FINISHED
+        assert f"The verdict number {number}." in (results / "report.html").read_text()
+        assert (results / "report.html").read_bytes() == (results / "report" / "report.html").read_bytes()
+        assert names_left(tmp_path) == [], f"killed before change {number}"
+        if not died:
+            break
+    assert number > 10
 
 
 def test_nothing_finished_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -168,6 +168,17 @@ def run(job: Job[Any], *, stop: StopSignal | None = None, quiet: bool = False, m
     if already_finished(job):
         _say(f"{job.name}: finished before ({job.results})", quiet)
         return FINISHED
+    try:
+        return _advance(job, stop, meeting, quiet)
+    except (StorageError, FileNotFoundError):
+        if not already_finished(job):  # else another start, or the last shard's, has published and taken the state away meanwhile
+            raise
+    _say(f"{job.name}: finished by another start ({job.results})", quiet)
+    return FINISHED
+
+
+def _advance(job: Job[Any], stop: StopSignal, meeting: Meeting | None, quiet: bool) -> int:
+    """Finish this shard, and where it was the last one publish; an exit code as ``run`` returns it."""
     if shards_to_come(job) is None:
         for needed in job.needs:
             job.results_of(needed)
@@ -203,6 +214,8 @@ def _finish_shard(job: Job[Any], stop: StopSignal, meeting: Meeting | None, quie
     what = f"{job.experiment.name}/{job.name}" + (f" shard {job.shard}" if job.shard.count > 1 else "")
     with Lease(job.lease_folder, what, facts=display.facts, on_lost=lambda: stop.request("superseded")) as lease:
         job.epoch = lease.epoch
+        if already_finished(job):  # by another start, while this one came here
+            return True
         require_unchanged(job)  # another start may have come in between with a configuration of its own
         if lease.took_over:
             job.fences.draw(str(job.shard), job.epoch)

@@ -40,8 +40,7 @@ def publish(job: Job[Any], ledger: Ledger) -> None:
         paths = [job.marker.with_name(f"{Shard(index, job.shard.count)}.json") for index in range(job.shard.count)]
         markers = [read_json(path) for path in paths]
         staging = make_folder(job.results.parent) / f".{job.name}.staging-{lease.epoch}"
-        for left in job.results.parent.glob(f".{job.name}.staging-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        _remove_staging(job)
         with storage_errors(staging):
             staging.mkdir()
             require_all_units(job, markers)
@@ -62,7 +61,6 @@ def publish(job: Job[Any], ledger: Ledger) -> None:
                 job.results.rename(job.results.parent / f".{job.name}.staging-{lease.epoch}-old")
             staging.rename(job.results)
             fsync_folder(job.results.parent)
-            shutil.rmtree(job.results.parent / f".{job.name}.staging-{lease.epoch}-old", ignore_errors=True)
     clear_state(job)
 
 
@@ -133,11 +131,12 @@ def claim_state(job: Job[Any]) -> None:
         probe_write(folder)
     path = job.state / STARTED
     mine = job.fingerprint()
-    if path.exists() and not compare(read_json(path), mine):
+    differences = compare(read_json(path), mine) if (begun := path.exists()) else []
+    if begun and not differences:
         return
-    if path.exists() and not job.reads_all:
+    if begun and not job.reads_all:
         if not untouched(job):
-            require_unchanged(job)
+            raise started_otherwise(job, differences)
         (job.state / "generations.jsonl").unlink(missing_ok=True)
         for left in ("attempts", "fences"):
             shutil.rmtree(job.state / left, ignore_errors=True)
@@ -175,11 +174,9 @@ def compare(old: Any, new: Any, prefix: str = "") -> list[str]:
 
 def probe_write(folder: Path) -> None:
     """Fail now, with the path and the cause, where results could not be written later."""
-    probe = folder / f".probe-{os.getpid()}"
-    with storage_errors(folder, "write in"):
-        probe.write_bytes(b"x" * 4096)
-        fsync_file(probe)
-        probe.unlink()
+    with storage_errors(folder, "write in"), tempfile.TemporaryFile(dir=folder, buffering=0) as probe:  # nameless: a kill leaves none
+        probe.write(b"x" * 4096)
+        os.fsync(probe.fileno())
 
 
 def hardware() -> str:
@@ -235,7 +232,7 @@ def _commit() -> str | None:
 
 
 def clear_state(job: Job[Any]) -> None:
-    """Remove the state of a published job, and the experiment's folder when it is the last.
+    """Remove the state of a published job, what its results replaced, and the experiment's folder when it is the last.
 
     It loses its name first, in one rename: half a state, left by a kill, would pass for that of a start whose results were removed.
     """
@@ -251,3 +248,9 @@ def clear_state(job: Job[Any]) -> None:
         time.sleep(0.1)  # another task of the step is writing its last note there
     with suppress(OSError):
         parent.rmdir()
+    _remove_staging(job)
+
+
+def _remove_staging(job: Job[Any]) -> None:
+    for left in job.results.parent.glob(f".{job.name}.staging-*"):
+        shutil.rmtree(left, ignore_errors=True)

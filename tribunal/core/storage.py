@@ -106,13 +106,15 @@ def make_folder(folder: Path) -> Path:
     return folder
 
 
-def write_file(path: Path, write: Callable[[Path], None]) -> None:
+def write_file(path: Path, write: Callable[[Path], None], *, beside: Path | None = None) -> None:
     """Publish one file whole: ``write(temporary)`` fills it, then fsync, rename, fsync of the folder.
 
+    Args:
+        beside: folder of the same file system for the temporary file, by default that of ``path``: a kill leaves it there.
     Raises:
         StorageError: the write failed; the earlier file of that name, if any, is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = (beside or path.parent) / f".{path.name}.{os.getpid()}.tmp"
     with storage_errors(path):
         try:
             write(temporary)
@@ -125,10 +127,10 @@ def write_file(path: Path, write: Callable[[Path], None]) -> None:
             raise
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
+def write_atomic(path: Path, data: bytes | str, *, beside: Path | None = None) -> None:
     """``write_file`` for bytes or text that is at hand."""
     content = data.encode() if isinstance(data, str) else data
-    write_file(path, lambda temporary: _write_bytes(temporary, content))
+    write_file(path, lambda temporary: _write_bytes(temporary, content), beside=beside)
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
