@@ -5,9 +5,15 @@ from __future__ import annotations
 import shutil
 import threading
 
+import pytest
+
+from tests.toy import toy
+from tribunal.cluster import ranks
+from tribunal.cluster.launch import FINISHED, run, run_rank
 from tribunal.cluster.ledger import gpus
 from tribunal.cluster.ranks import Meeting, local_rank
 from tribunal.cluster.slurm import Start, own_devices
+from tribunal.core.errors import UserError
 
 
 def meetings(state, ranks: int = 3) -> list[Meeting]:
@@ -41,6 +47,16 @@ def test_a_rank_does_not_wait_where_the_results_are_published_and_the_state_is_g
     shutil.rmtree(tmp_path / "state")
     thread.join(5)
     assert not thread.is_alive()
+
+
+def test_a_rank_of_a_job_that_had_finished_before_does_not_wait_for_rank_0(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRIBUNAL_ROOT", str(tmp_path))
+    assert run(toy(), quiet=True) == FINISHED
+    monkeypatch.setattr(ranks, "JOIN_WAIT_S", 0.0)
+    assert run_rank(toy(), meetings(toy().state)[1]) == FINISHED
+    shutil.rmtree(toy().results)
+    with pytest.raises(UserError, match="rank 1 of 3 was left alone"):
+        run_rank(toy(), meetings(toy().state)[1])
 
 
 def test_a_task_that_sees_one_gpu_uses_it_whatever_its_number_on_the_node():

@@ -286,6 +286,8 @@ def describe(error: BaseException) -> str:
 def run_rank(job: Job[Any], meeting: Meeting) -> int:
     """The part of a rank above 0 in a distributed job: the same work, without lease, ledger, marker or publishing."""
     preemption.install()
+    if already_finished(job):  # rank 0 sees so too, and opens no meeting
+        return FINISHED
     job.epoch = meeting.join()
     stop = own_stop(job)
     try:
