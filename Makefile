@@ -1,8 +1,9 @@
 # Everything sets itself up: each target first runs setup_cluster.sh, which is quick when nothing changed.
 
 VENV := $(shell ./setup_cluster.sh --print-venv)
-# Two workers with one thread each: two torch processes that take every core slow each other down, and a login node is shared.
-WORKERS ?= 2
+# One thread each: torch processes that take every core slow each other down, and a login node is shared. Two workers compute; the
+# others begin with the tests that wait for SLURM (tests/scheduling.py).
+WORKERS ?= 4
 PYTEST = OMP_NUM_THREADS=1 "$(VENV)/bin/python" -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help setup setup-dev demo test check bench clean

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.calibrated import Calibrated
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For ``--dist loadfile``, as ``make test`` has it."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from tests.scheduling import Scheduling
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -22,8 +34,11 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def calibrated(tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
-    """A finished calibration of the shipped reasoner; takes about ten seconds, once."""
-    root = tmp_path_factory.mktemp("calibrated")
-    with pytest.MonkeyPatch.context() as patch:
+    """A finished calibration of the shipped reasoner; takes about ten seconds, once for all test processes."""
+    ours = tmp_path_factory.getbasetemp()
+    shared = ours.parent if "PYTEST_XDIST_WORKER" in os.environ else ours
+    root = shared / "calibrated"
+    with (shared / "calibrated.lock").open("a") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         patch.setenv("TRIBUNAL_ROOT", str(root))
-        return Calibrated(root)
+        return Calibrated(root)  # what is finished is not done again

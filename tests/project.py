@@ -48,6 +48,7 @@ class Project:
             "PYTHONPATH": str(self.folder),
             "XDG_CACHE_HOME": str(folder / "cache"),
             "OMP_NUM_THREADS": "1",
+            "PYTHONDONTWRITEBYTECODE": "",  # the copy is compiled once, not by each of its many processes
             **(environment or {}),
         }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import scheduling
 from tribunal.cluster.job import Job
 from tribunal.core import registry
 from tribunal.core.config import DatasetConfig, Section
@@ -47,6 +48,10 @@ def pins(name: str) -> dict[str, list[re.Match[str]]]:
 def test_the_files_that_a_newcomer_looks_for_are_there():
     assert [name for name in REQUIRED if not (ROOT / name).is_file()] == []
     assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+def test_the_files_that_are_tested_first_are_there():
+    assert [name for name in (*scheduling.LONGEST, *scheduling.WHOLE) if not (ROOT / name).is_file()] == []
 
 
 @pytest.mark.parametrize("folder", ["checkpoints", "results"])

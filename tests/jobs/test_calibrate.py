@@ -1,4 +1,7 @@
-"""The whole calibration, by the command a user types, on small Hugging Face folders of every supported family."""
+"""The whole calibration, by the command a user types, on small Hugging Face folders of every supported family.
+
+A process of its own imports transformers for five seconds, so where the imports are not what is tested the command runs in this one.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.tiny_models import tiny_folder
+from tribunal.cli import app
+from tribunal.cluster import preemption
 from tribunal.core.receipts import read_receipt
 
 EXPERIMENT = """
@@ -30,6 +36,19 @@ def tribunal(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300)
 
 
+def tribunal_here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """The same in this process, which has torch and transformers already."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        patch.setenv("TRIBUNAL_ROOT", str(cwd))
+        try:
+            result = CliRunner().invoke(app, arguments)
+        finally:
+            preemption.uninstall()
+    assert isinstance(result.exception, SystemExit | None), result.exception
+    return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
+
+
 def write_inputs(folder: Path, model: Path) -> Path:
     """24 problems with two right and two wrong traces each, which differ in a word that a probe can read."""
     problems = [{"id": f"p{i}", "question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(24)]
@@ -44,8 +63,12 @@ def write_inputs(folder: Path, model: Path) -> Path:
     return folder / "tiny.yaml"
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama", "gpt2"])
+RUNS = {"qwen3": tribunal, "qwen2": tribunal_here, "llama": tribunal_here, "gpt2": tribunal_here}
+
+
+@pytest.mark.parametrize("family", RUNS)
 def test_imported_traces_are_calibrated_end_to_end_on(family, tmp_path):
+    tribunal = RUNS[family]
     experiment = write_inputs(tmp_path, tiny_folder(tmp_path / "model", family))
     result = tribunal("run", "calibrate", str(experiment), cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -62,18 +85,18 @@ def test_imported_traces_are_calibrated_end_to_end_on(family, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "message", "tribunal"),
     [
-        ("model.name=nowhere/at/all", "nowhere/at/all"),
-        ("extract_activations.layers=[7]", "extract_activations.layers: no layer 7"),
-        ("extract_activations.poolings=[men]", "did you mean 'mean'?"),
-        ("train_probes.flods=3", "did you mean 'folds'?"),
-        ("model.prompt=chat", "chat template"),
-        ("generate_traces.import_path=none.jsonl", "none.jsonl"),
-        ("label_traces.min_per_class=60", "48"),
+        ("model.name=nowhere/at/all", "nowhere/at/all", tribunal),
+        ("extract_activations.layers=[7]", "extract_activations.layers: no layer 7", tribunal_here),
+        ("extract_activations.poolings=[men]", "did you mean 'mean'?", tribunal),
+        ("train_probes.flods=3", "did you mean 'folds'?", tribunal),
+        ("model.prompt=chat", "chat template", tribunal_here),
+        ("generate_traces.import_path=none.jsonl", "none.jsonl", tribunal),
+        ("label_traces.min_per_class=60", "48", tribunal_here),
     ],
 )
-def test_bad_input_is_one_line_that_names_field_and_cure(change, message, tmp_path):
+def test_bad_input_is_one_line_that_names_field_and_cure(change, message, tribunal, tmp_path):
     experiment = write_inputs(tmp_path, tiny_folder(tmp_path / "model", "gpt2"))
     result = tribunal("run", "calibrate", str(experiment), change, cwd=tmp_path)
     assert result.returncode == 2, result.stdout + result.stderr
@@ -94,6 +117,6 @@ def test_a_row_without_an_answer_is_named_by_its_line(tmp_path):
 
 def test_results_of_another_experiment_under_the_same_name_are_refused_by_field(tmp_path):
     experiment = write_inputs(tmp_path, tiny_folder(tmp_path / "model", "gpt2"))
-    assert tribunal("run", "generate_traces", str(experiment), cwd=tmp_path).returncode == 0
+    assert tribunal_here("run", "generate_traces", str(experiment), cwd=tmp_path).returncode == 0
     result = tribunal("run", "calibrate", str(experiment), "seed=5", cwd=tmp_path)
     assert result.returncode == 2 and "seed: 0 -> 5" in result.stderr

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.models.test_training import Rows, StopAtStep
+from tests.ranks import two_ranks
 from tests.tiny_models import tiny_folder
 from tribunal.cluster.checkpoint import CheckpointStore
 from tribunal.core.config import ModelConfig
@@ -234,11 +233,8 @@ def test_a_file_is_named_while_it_is_made_and_one_that_ended_the_process_twice_e
 
 def test_two_processes_train_the_adapter_that_one_does(tmp_path):
     """With the same losses and gradients: Adam alone would hide a wrong scale."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     tiny_folder(tmp_path / "model", width=WIDTH)
-    torch.multiprocessing.spawn(_rank, args=(tmp_path, port), nprocs=2)
+    two_ranks(_rank, tmp_path)
     finished = [CheckpointStore(tmp_path / name / "states", owner="test").newest().path for name in ("pair", "shards")]
     for name in ("adapter_model.safetensors", f"{KEPT}/best.safetensors", f"{KEPT}/{VALIDATION}", "optimizer.pt", "scheduler.pt"):
         assert len({sha256_file(path / name) for path in finished}) == 1, f"{name}: sharding the frozen weights changed it"
@@ -252,13 +248,10 @@ def test_two_processes_train_the_adapter_that_one_does(tmp_path):
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-5)
 
 
-def _rank(rank: int, folder: Path, port: int) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def _rank(rank: int, folder: Path) -> None:
     for name, given in (("pair", {}), ("shards", {"shard": True, "gradient_checkpointing": True})):
         assert not _work(folder / name, folder / "model", **given).run(StopAtStep(2) if rank else Never())
         assert _work(folder / name, folder / "model", **given).run(Never())
-    torch.distributed.destroy_process_group()
 
 
 def _work(folder: Path, model: Path, **given) -> TrainerWork:

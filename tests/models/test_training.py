@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import resource
-import socket
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback
 
+from tests.ranks import two_ranks
 from tests.tiny_models import tiny_model
 from tribunal.cluster.checkpoint import CheckpointStore
 from tribunal.core.errors import ModelError, StorageError
@@ -175,19 +174,14 @@ def test_a_diverged_training_ends_with_the_step_and_the_cure(tmp_path):
 
 def test_ranks_stop_after_the_same_step_and_only_the_first_publishes(tmp_path):
     """Two processes, of which only the second gets the signal; resumed, they end with the undisturbed weights."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, args=(tmp_path, port), nprocs=2)
+    two_ranks(_rank, tmp_path)
     whole, stopped = (CheckpointStore(tmp_path / name / "states", owner="test").newest() for name in ("whole", "stopped"))
     assert sha256_file(whole.path / "model.safetensors") == sha256_file(stopped.path / "model.safetensors")
     assert {path.name for path in stopped.path.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
     assert stopped.sequence == 2, "one checkpoint for the stop and one for the end, each published once"
 
 
-def _rank(rank: int, folder: Path, port: int) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def _rank(rank: int, folder: Path) -> None:
     given = {"per_device_train_batch_size": 1, "ddp_find_unused_parameters": False}
     assert work_in(folder / "whole", **given).run(Never())
     work = work_in(folder / "stopped", **given)
@@ -196,4 +190,3 @@ def _rank(rank: int, folder: Path, port: int) -> None:
     torch.distributed.barrier()
     assert not work_in(folder / "stopped", **given).run(StopAtStep(0) if rank == 1 else Never())
     assert work_in(folder / "stopped", **given).run(Never())
-    torch.distributed.destroy_process_group()

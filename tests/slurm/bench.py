@@ -32,6 +32,7 @@ class Bench:
         self.name = f"t{uuid.uuid4().hex[:10]}"
         venv = Path(sys.executable).parent.parent
         ours = {"SLURM_CONF": slurm_conf, "TRIBUNAL_HOME": str(PROJECT), "TRIBUNAL_VENV": str(venv), "OMP_NUM_THREADS": "1"}
+        ours["PYTHONDONTWRITEBYTECODE"] = ""  # what a job copies is compiled once, not by each of its generations
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_"))}
         self.env = {**kept, **ours, "PYTHONPATH": f"{PAYLOAD}:{PROJECT}", "TRIBUNAL_ROOT": str(folder), **(env or {})}
         self.slurm: dict[str, Any] = {"signal_lead_s": 15, "save_every_s": 5}

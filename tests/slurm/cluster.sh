@@ -1,7 +1,7 @@
 #!/bin/bash
-# A real SLURM of four nodes on this machine, for the tests: own configuration, key, socket and ports.
+# A real SLURM of eight nodes on this machine, for the tests: own configuration, key, socket and ports.
 #
-#   tests/slurm/cluster.sh start     install where missing (root, Debian or Ubuntu), configure, start, wait for four idle nodes
+#   tests/slurm/cluster.sh start     install where missing (root, Debian or Ubuntu), configure, start, wait for idle nodes
 #   tests/slurm/cluster.sh stop      end what start began, by its recorded process ids, and nothing else
 #   tests/slurm/cluster.sh check     0 when it answers, 3 when it could be started, 4 when not; says why
 #   eval "$(tests/slurm/cluster.sh env)"    point sbatch, squeue and scontrol of this shell at it
@@ -9,9 +9,9 @@
 # Nothing of a SLURM that may be on the machine already is read, changed or stopped. TRIBUNAL_TEST_SLURM names its folder.
 set -euo pipefail
 
-dir=${TRIBUNAL_TEST_SLURM:-/tmp/tribunal-slurm-$(id -u)}
-port=${TRIBUNAL_TEST_SLURM_PORT:-26800}
-nodes=(n1 n2 n3 n4)
+dir=${TRIBUNAL_TEST_SLURM:-/tmp/tribunal-test-slurm-$(id -u)}
+port=${TRIBUNAL_TEST_SLURM_PORT:-26820}
+nodes=(n1 n2 n3 n4 n5 n6 n7 n8)
 PATH=$PATH:/usr/sbin:/sbin
 export SLURM_CONF=$dir/slurm.conf
 
@@ -54,7 +54,7 @@ configure() {
         for i in 0 1 2 3; do [ -e "$dir/gpu/gpu$i" ] || mknod "$dir/gpu/gpu$i" c 1 3; done
         gpus="Name=gpu File=$dir/gpu/gpu[0-3]" # any device files will do: jobs get CUDA_VISIBLE_DEVICES
     fi
-    echo "NodeName=n[1-4] $gpus" >"$dir/gres.conf"
+    echo "NodeName=n[1-8] $gpus" >"$dir/gres.conf"
     [ -e "$dir/munge.key" ] || (umask 077 && head -c 1024 /dev/urandom >"$dir/munge.key")
     cat >"$SLURM_CONF" <<CONF
 ClusterName=tribunal
@@ -89,13 +89,15 @@ SchedulerParameters=sched_interval=1,bf_interval=1,sched_min_interval=0
 SlurmdParameters=config_overrides
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n[1-4] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + 4))] CPUs=16 RealMemory=64000 Gres=gpu:4 State=UNKNOWN
-PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE State=UP PreemptMode=OFF PriorityTier=5
-PartitionName=cpu Nodes=ALL MaxTime=INFINITE State=UP PreemptMode=OFF PriorityTier=5
+NodeName=n[1-8] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + 8))] CPUs=16 RealMemory=64000 Gres=gpu:4 State=UNKNOWN
+PartitionName=gpu Nodes=n[1-4] Default=YES MaxTime=INFINITE State=UP PreemptMode=OFF PriorityTier=5
+PartitionName=cpu Nodes=n[1-4] MaxTime=INFINITE State=UP PreemptMode=OFF PriorityTier=5
+# Tests run side by side: one that loses a node, or takes whole nodes from others, has nodes that the rest does not use.
+PartitionName=frail Nodes=n[5-6] MaxTime=INFINITE State=UP PreemptMode=OFF PriorityTier=5
 # 'urgent' takes nodes from these two: a grace time with SIGTERM, then requeued by the controller, or ended for good
-PartitionName=scavenge Nodes=ALL MaxTime=INFINITE State=UP PreemptMode=REQUEUE GraceTime=20 PriorityTier=1
-PartitionName=fleeting Nodes=ALL MaxTime=INFINITE State=UP PreemptMode=CANCEL GraceTime=20 PriorityTier=1
-PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PreemptMode=OFF PriorityTier=10
+PartitionName=scavenge Nodes=n[7-8] MaxTime=INFINITE State=UP PreemptMode=REQUEUE GraceTime=20 PriorityTier=1
+PartitionName=fleeting Nodes=n[7-8] MaxTime=INFINITE State=UP PreemptMode=CANCEL GraceTime=20 PriorityTier=1
+PartitionName=urgent Nodes=n[7-8] MaxTime=INFINITE State=UP PreemptMode=OFF PriorityTier=10
 CONF
 }
 
@@ -115,7 +117,8 @@ wait_for() { # SECONDS COMMAND...
     done
 }
 
-idle() { [ "$(timeout 10 sinfo -h -N -o '%N %t' 2>/dev/null | grep -cE ' (idle|mix|alloc)$')" -ge $((4 * 5)) ]; }
+# every node, once for each of its partitions
+idle() { [ "$(timeout 10 sinfo -h -N -o '%N %t' 2>/dev/null | grep -cE ' (idle|mix|alloc)$')" -ge 16 ]; }
 
 start_node() { ours "$dir/run/slurmd.$1.pid" >/dev/null || slurmd -N "$1"; }
 

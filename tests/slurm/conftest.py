@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +26,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[str]:
-    """SLURM_CONF of a running four-node cluster, shared by all test processes. Skips, and says why, where there is none; not in CI."""
-    with _users() as users:
+    """SLURM_CONF of a running cluster, shared by all test processes. Skips, and says why, where there is none; not in CI."""
+    conf = subprocess.run([CLUSTER, "env"], capture_output=True, text=True, check=True).stdout.strip().partition("=")[2]
+    record = Path(f"{Path(conf).parent}-users.json")
+    with _users(record) as users:
         check = subprocess.run([CLUSTER, "check"], capture_output=True, text=True)
         if check.returncode not in (0, 3):
             why = f"no real SLURM for these tests: {check.stdout.strip()}"
@@ -41,27 +42,17 @@ def slurm() -> Iterator[str]:
                 pytest.fail(f"{CLUSTER.name} start: {started.stderr}")
             users["started by tests"] = True
         users["pids"].append(os.getpid())
-    yield subprocess.run([CLUSTER, "env"], capture_output=True, text=True, check=True).stdout.strip().partition("=")[2]
-    with _users() as users:
+    yield conf
+    with _users(record) as users:
         users["pids"].remove(os.getpid())
         if not users["pids"] and users["started by tests"]:
             subprocess.run([CLUSTER, "stop"], check=True, timeout=120)
             users["started by tests"] = False
 
 
-@pytest.fixture(autouse=True)
-def _in_company_or_alone(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Test processes share the cluster; a test marked ``alone`` (it ends a node) waits for the others' and keeps them waiting."""
-    path = Path(tempfile.gettempdir()) / f"tribunal-slurm-company-{os.geteuid()}"
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH)
-        yield
-
-
 @contextmanager
-def _users() -> Iterator[dict[str, Any]]:
+def _users(path: Path) -> Iterator[dict[str, Any]]:
     """Who uses the cluster, under a lock: the first of several test processes starts it, the last one ends it."""
-    path = Path(tempfile.gettempdir()) / f"tribunal-slurm-users-{os.geteuid()}.json"
     with path.open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)

@@ -133,7 +133,7 @@ def test_preemption_with_a_grace_time_saves_and_is_requeued_once(bench: Bench) -
         other = Bench(bench.folder / partition, bench.env["SLURM_CONF"])
         other.folder.mkdir()
         count(other, wait_for=gate(other, 20))
-        node = {"scavenge": "n3", "fleeting": "n4"}[partition]
+        node = {"scavenge": "n7", "fleeting": "n8"}[partition]
         job = other.submit("count", f"--partition={partition}", f"--nodelist={node}", "--exclusive")
         other.running("count", 20)
         urgent = ["--partition=urgent", f"--nodelist={node}", "--exclusive", "--time=1", f"--job-name={other.name}", "--output=/dev/null"]
