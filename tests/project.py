@@ -88,10 +88,12 @@ class Project:
         return (self.root / "results" / name / job / "receipt.json").exists()
 
 
-def until(met: Callable[[], Any], seconds: float = 90, *, what: str = "") -> Any:
-    """Wait for a condition and return its value; fail with what was waited for."""
+def until(met: Callable[[], Any], seconds: float = 180, *, what: str = "") -> Any:
+    """Wait for a condition and return its value; fail with what was waited for. It rests as long as a look takes."""
     deadline = time.monotonic() + seconds
-    while not (value := met()):
+    while True:
+        began = time.monotonic()
+        if value := met():
+            return value
         assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain: {what or met}"
-        time.sleep(0.1)
-    return value
+        time.sleep(max(0.1, time.monotonic() - began))

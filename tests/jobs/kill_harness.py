@@ -8,6 +8,7 @@ run in the order given, each reading the results of the ones before. Roots: ``un
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import random
@@ -24,7 +25,9 @@ import torch
 from tribunal.cluster.launch import make_job, run_job
 from tribunal.core.config import load_experiment
 from tribunal.core.receipts import read_receipt
-from tribunal.models import training  # noqa: F401  (imported once, before the forks)
+
+for heavy in ("matplotlib.pyplot", "tribunal.models.training", "tribunal.models.loading", "tribunal.probes.training"):
+    importlib.import_module(heavy)  # once, before the forks: a kill while one of them imports tells nothing
 
 
 def forked(run: Callable[[], int]) -> int:

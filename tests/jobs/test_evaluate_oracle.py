@@ -17,7 +17,7 @@ from tribunal.core.reports import read_report
 TRAINED = (
     "train_oracle.tasks=[carry,random_bit]", "train_oracle.lora={rank: 16, alpha: 32, dropout: 0.0}", "train_oracle.learning_rate=3.e-3",
     "train_oracle.batch_size=32", "train_oracle.steps=150", "train_oracle.text_only_steps=40", "train_oracle.validate_every=50",
-    "train_oracle.keep=3", "train_oracle.examples={test_share: 0.3}", "evaluate_oracle.bootstrap=200",
+    "train_oracle.keep=3", "train_oracle.examples={test_share: 0.3}", "train_oracle.max_new_tokens=4", "evaluate_oracle.bootstrap=200",
 )  # fmt: skip
 
 

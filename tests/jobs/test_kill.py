@@ -13,12 +13,12 @@ HERE = Path(__file__).resolve().parents[2]
 EXPERIMENT = """
 name: killed
 model: {name: "builtin:addition", dtype: float32}
-dataset: {name: addition, digits: [2, 3], per_digits: 12}
-generate_traces: {samples_per_problem: 4, max_new_tokens: 120, slots: 8, wave_size: 24}
+dataset: {name: addition, digits: [2, 3], per_digits: 8}
+generate_traces: {samples_per_problem: 4, max_new_tokens: 120, slots: 8, wave_size: 16}
 label_traces: {min_per_class: 2}
 extract_activations: {layers: [1, 2], poolings: [mean, sentence], traces_per_shard: 8, store_dtype: float32}
-train_probes: {folds: 3, permutations: 20, bootstrap: 100, min_per_class: 2}
-train_reasoner: {steps: 10}
+train_probes: {folds: 3, permutations: 5, random_directions: 2, bootstrap: 100, min_per_class: 2}
+train_reasoner: {steps: 16, batch_size: 8, evaluation_problems: 10}
 slurm: {save_every_s: 0.05}
 """
 JOBS = ["generate_traces", "label_traces", "extract_activations", "train_probes", "train_reasoner"]

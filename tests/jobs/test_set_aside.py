@@ -119,7 +119,7 @@ SMALL = {
     "label_sentences": ["samples_per_problem=1", "importance=none"],
     "train_oracle": [
         "tasks=[carry,random_bit]", "lora={rank: 2, alpha: 4, dropout: 0.1}", "batch_size=8", "steps=4", "text_only_steps=2",
-        "validate_every=2", "validate_items=8", "keep=2", "audit={min_per_split: 5}",
+        "validate_every=2", "validate_items=8", "keep=2", "audit={min_per_split: 5}", "max_new_tokens=4",
     ],
     "evaluate_oracle": ["items_per_task=4", "chunk=2", "bootstrap=100"],
 }  # fmt: skip

@@ -26,7 +26,7 @@ SMALL = (
     "train_oracle.tasks=[carry,random_bit]", "train_oracle.lora={rank: 2, alpha: 4, dropout: 0.1}", "train_oracle.learning_rate=3.e-3",
     "train_oracle.batch_size=8", "train_oracle.batch_tokens=160", "train_oracle.steps=4", "train_oracle.text_only_steps=2",
     "train_oracle.validate_every=2", "train_oracle.validate_items=8", "train_oracle.keep=2", "train_oracle.traces_per_file=150",
-    "train_oracle.audit={min_per_split: 5}",
+    "train_oracle.audit={min_per_split: 5}", "train_oracle.max_new_tokens=4",  # what has learned nothing never ends an answer
 )  # fmt: skip
 
 

@@ -67,7 +67,7 @@ def test_the_work_dies_with_its_supervisor_and_a_new_submission_goes_on(bench: B
     bench.running("count", 20)
     worker = bench.rows("count")[0]["pid"]
     os.kill(parent_of(worker), signal.SIGKILL)
-    bench.until(lambda: not lives(worker), "the work ends with its supervisor", 5)
+    bench.until(lambda: not lives(worker), "the work ends with its supervisor", 30)
     bench.gone()
     (bench.folder / "gate").touch()
     bench.submit("count")
@@ -84,7 +84,7 @@ def test_an_orphan_whose_parent_died_stops_by_itself(bench: Bench) -> None:
     worker = bench.rows("count")[0]["pid"]
     supervisor = parent_of(worker)
     os.kill(parent_of(supervisor), signal.SIGKILL)
-    bench.until(lambda: not lives(worker) and not lives(supervisor), "both have stopped", 5)
+    bench.until(lambda: not lives(worker) and not lives(supervisor), "both have stopped", 30)
     bench.gone()
 
 

@@ -43,7 +43,7 @@ transfer_probes: {permutations: 20, bootstrap: 100}
 label_sentences: {samples_per_problem: 1}
 train_oracle:
   {tasks: [carry, random_bit], lora: {rank: 2, alpha: 4, dropout: 0.1}, batch_size: 8, steps: 8, text_only_steps: 2, validate_every: 4,
-   validate_items: 8, keep: 2, traces_per_file: 20, audit: {min_per_split: 5}}
+   validate_items: 8, keep: 2, max_new_tokens: 4, traces_per_file: 20, audit: {min_per_split: 5}}
 evaluate_oracle: {items_per_task: 8, chunk: 4, bootstrap: 100, traces_per_file: 20}
 """
 

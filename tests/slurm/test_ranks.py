@@ -22,7 +22,7 @@ generate_traces: {samples_per_problem: 2, max_new_tokens: 120}
 label_traces: {min_per_class: 5}
 train_oracle:
   {tasks: [carry, random_bit], lora: {rank: 2, alpha: 4, dropout: 0.1}, batch_size: 4, steps: 30, text_only_steps: 4, validate_every: 10,
-   validate_items: 8, keep: 2, traces_per_file: 20, audit: {min_per_split: 5}}
+   validate_items: 8, keep: 2, max_new_tokens: 4, traces_per_file: 20, audit: {min_per_split: 5}}
 """
 OVER_TWO_NODES = ("--nodes=2", "--ntasks=4", "--ntasks-per-node=2", "--time=10")
 SLOWLY_S = 240.0
@@ -53,7 +53,7 @@ def test_four_ranks_stop_on_a_signal_to_one_and_survive_the_death_of_another(slu
         stopped.until(lambda: metrics(stopped) >= 5, "five steps", SLOWLY_S)
         for pid in workers(job, 2):  # SLURM signals a task's whole process group
             os.kill(pid, signal.SIGUSR1)
-        stopped.until(lambda: stopped.rows("steps")[0]["ended"], "all ranks have stopped", 30)
+        stopped.until(lambda: stopped.rows("steps")[0]["ended"], "all ranks have stopped", 60)
         stopped.until(lambda: len(stopped.rows("steps")) == 2 and metrics(stopped, 2) >= 5, "the second generation steps", SLOWLY_S)
         first = stopped.rows("steps")[0]
         assert (first["cause"], first["next"], stopped.rows("steps")[1]["done"]) == ("asked", "requeue", first["units"])

@@ -50,7 +50,7 @@ def test_term_5_ms_after_usr1_does_not_end_the_requeue(bench: Bench) -> None:
 @pytest.mark.parametrize("signals", ["50 USR1 in a second", "TERM 5 ms after USR1"])
 def test_signals_while_a_save_is_written_let_it_end_and_requeue_once(bench: Bench, signals: str) -> None:
     bench.slurm["save_every_s"] = 0.5
-    bench.sections["walk"] = {"steps": 4, "seconds": 0.3, "save_seconds": 2}
+    bench.sections["walk"] = {"steps": 4, "seconds": 0.3, "save_seconds": 4}
     job = bench.submit("walk")
     states = bench.state("walk") / "states" / "walk"
     unfinished = bench.until(lambda: next(states.glob("tmp-*"), None), "a save has begun")
@@ -62,7 +62,7 @@ def test_signals_while_a_save_is_written_let_it_end_and_requeue_once(bench: Benc
     else:
         bench.call("sh", "-c", f"scancel -s USR1 {job}; sleep 0.005; scancel -s TERM {job}")
     assert unfinished.exists(), "the signals were meant to come while it was written"
-    bench.until(lambda: any(states.glob("000001-00000001/manifest.json")), "the save ends whole", 5)
+    bench.until(lambda: any(states.glob("000001-00000001/manifest.json")), "the save ends whole", 60)
     receipt = bench.whole("walk", units=4, generations=2)
     assert bench.causes(receipt) == ["asked", "finished"]
     assert [row["next"] for row in receipt["generations"]] == ["requeue", None]
