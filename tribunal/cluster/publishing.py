@@ -37,8 +37,7 @@ def publish(job: Job[Any], ledger: Ledger) -> None:
     with Lease(job.state / "leases" / "publish", f"publishing {job.experiment.name}/{job.name}") as lease:
         if already_finished(job):
             return
-        paths = [job.marker.with_name(f"{Shard(index, job.shard.count)}.json") for index in range(job.shard.count)]
-        markers = [read_json(path) for path in paths]
+        markers = [read_json(job.marker.with_name(f"{Shard(index, job.shard.count)}.json")) for index in range(job.shard.count)]
         staging = make_folder(job.results.parent) / f".{job.name}.staging-{lease.epoch}"
         _remove_staging(job)
         with storage_errors(staging):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tribunal.core.errors import ModelError
-from tribunal.models.residual import hook_point
+from tribunal.models.residual import hook_point, is_split
 
 
 class BridgeReader:
@@ -32,7 +32,7 @@ class BridgeReader:
 
         if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
             raise ModelError("transformer_lens cannot wrap a PEFT model; merge the adapter first (loading does) or take backend: hooks")
-        if len(set(getattr(model, "hf_device_map", {"": 0}).values())) > 1:
+        if is_split(model):
             raise ModelError("transformer_lens needs the model on one device; leave out model.device_map or take backend: hooks")
         own: Any = copy.deepcopy(model)
         try:

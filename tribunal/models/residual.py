@@ -73,8 +73,12 @@ def columns_to_keep(model: nn.Module, columns: Tensor) -> Any:
 
     Of a model split over devices as a list: a tensor would be taken to the first device, while the last states lie on another.
     """
-    devices = set(getattr(model, "hf_device_map", {}).values())
-    return columns.tolist() if len(devices) > 1 else columns
+    return columns.tolist() if is_split(model) else columns
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether a device map has put a model's parts on several devices."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
 
 
 @contextmanager
